@@ -1,0 +1,186 @@
+"""Which blocks run at which depth: nested depths of a net, as plain data.
+
+Nothing here knows of tensors. A depth is a set of kept blocks; the depths of one net are nested,
+each keeping a subset of the next deeper one's blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, TypeAlias, get_args
+
+DepthPolicy = Literal["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
+"""In which order blocks are dropped, see `drop_order`."""
+
+DepthSpec: TypeAlias = int | list[int] | list[list[int]]
+"""How many depths, or how many blocks each keeps, or how many each keeps in each stage."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One depth of an elastic net.
+
+    Attributes:
+        name: ``d`` followed by the number of skippable blocks kept, such as ``d9``.
+        kept: One flag for each skippable block, in the order in which they run.
+        per_stage: Number of skippable blocks kept in each stage.
+    """
+
+    name: str
+    kept: tuple[bool, ...]
+    per_stage: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Number of skippable blocks kept."""
+        return sum(self.per_stage)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def drop_order(stages: Sequence[int], policy: DepthPolicy) -> list[int]:
+    """Order in which a policy drops blocks.
+
+    Args:
+        stages: Number of skippable blocks in each stage, in the order in which they run.
+        policy: ``last_stage_first`` and ``first_stage_first`` empty one stage after the other, from
+            its last block; ``round_robin`` takes the last block of each stage in turn, the last
+            stage first; ``evenly_spread`` takes the block whose neighbours are nearest to each
+            other, so that the blocks that stay are spread evenly over the whole net.
+
+    Returns:
+        Indices of all blocks, the first one dropped first.
+
+    Raises:
+        ValueError: If the policy is unknown.
+
+    Example:
+        >>> drop_order([2, 2], "round_robin")
+        [3, 1, 2, 0]
+        >>> drop_order([6], "evenly_spread")
+        [5, 3, 1, 0, 4, 2]
+    """
+    if policy not in get_args(DepthPolicy):
+        raise ValueError(
+            f"Unknown depth policy {policy!r}: choose one of {', '.join(get_args(DepthPolicy))}."
+        )
+    if policy == "evenly_spread":
+        return _evenly_spread_order(sum(stages))
+    # (stage, position counted from the stage's end, index of the block)
+    blocks = [
+        (stage, size - 1 - position, sum(stages[:stage]) + position)
+        for stage, size in enumerate(stages)
+        for position in range(size)
+    ]
+    keys: dict[str, Callable[[tuple[int, int, int]], tuple[int, int]]] = {
+        "round_robin": lambda block: (block[1], -block[0]),
+        "last_stage_first": lambda block: (-block[0], block[1]),
+        "first_stage_first": lambda block: (block[0], block[1]),
+    }
+    return [index for _, _, index in sorted(blocks, key=keys[policy])]
+
+
+def _evenly_spread_order(count: int) -> list[int]:
+    order: list[int] = []
+    kept = list(range(count))
+    while kept:
+        fenced = [-1, *kept, count]
+        # On a tie the later block goes: what comes before it stays shared between more depths.
+        gone = min(range(len(kept)), key=lambda i: (fenced[i + 2] - fenced[i], -i))
+        order.append(kept.pop(gone))
+    return order
+
+
+def derive_depths(
+    stages: Sequence[int], spec: DepthSpec, policy: DepthPolicy = "round_robin"
+) -> tuple[Depth, ...]:
+    """Derives the nested depths of a net.
+
+    Args:
+        stages: Number of skippable blocks in each stage.
+        spec: A number of depths, spread evenly from all blocks to none; or the number of blocks
+            that each depth keeps; or the number that each keeps in each stage (its first ones,
+            whatever the policy).
+        policy: Order in which blocks are dropped, see `drop_order`.
+
+    Returns:
+        The depths, the deepest first. The first one keeps every block.
+
+    Raises:
+        ValueError: If the depths are fewer than two, repeat, are not nested, do not fit the stages
+            or do not include the whole net.
+
+    Example:
+        >>> [(d.name, d.per_stage) for d in derive_depths([2, 1], 3)]
+        [('d3', (2, 1)), ('d2', (2, 0)), ('d0', (0, 0))]
+        >>> [d.per_stage for d in derive_depths([2, 1], [[2, 1], [1, 0]])]
+        [(2, 1), (1, 0)]
+    """
+    total = sum(stages)
+    have = f"The net has {total} skippable blocks, {list(stages)} by stage"
+    if isinstance(spec, int):
+        if not 2 <= spec <= total + 1:
+            raise ValueError(f"{have}, so it has 2 to {total + 1} depths; {spec} were asked for.")
+        step = total / (spec - 1)
+        counts = [round(total - i * step) for i in range(spec)]
+    elif all(isinstance(item, int) for item in spec):
+        counts = sorted((item for item in spec if isinstance(item, int)), reverse=True)
+        if any(not 0 <= count <= total for count in counts):
+            raise ValueError(f"{have}: a depth keeps 0 to {total} of them, found {counts}.")
+    elif all(isinstance(item, list) for item in spec):
+        return _explicit(stages, [item for item in spec if isinstance(item, list)], have)
+    else:
+        raise ValueError(
+            f"Depths are a number, a list of block counts, or a list of block counts per stage "
+            f"(such as [[3, 3], [2, 1]]); found {spec!r}."
+        )
+    order = drop_order(stages, policy)
+    return _checked(stages, [set(order[total - count :]) for count in counts], have)
+
+
+def _explicit(stages: Sequence[int], spec: list[list[int]], have: str) -> tuple[Depth, ...]:
+    for row in spec:
+        fits = len(row) == len(stages) and all(
+            0 <= kept <= size for kept, size in zip(row, stages, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{have}; a depth cannot keep {row} of them.")
+    starts = [sum(stages[:stage]) for stage in range(len(stages))]
+    kept = [
+        {start + i for start, count in zip(starts, row, strict=True) for i in range(count)}
+        for row in sorted(spec, key=sum, reverse=True)
+    ]
+    return _checked(stages, kept, have)
+
+
+def _checked(stages: Sequence[int], kept: list[set[int]], have: str) -> tuple[Depth, ...]:
+    total = sum(stages)
+    starts = [sum(stages[:stage]) for stage in range(len(stages) + 1)]
+    depths = tuple(
+        Depth(
+            name=f"d{len(blocks)}",
+            kept=tuple(index in blocks for index in range(total)),
+            per_stage=tuple(
+                sum(index in blocks for index in range(first, end))
+                for first, end in pairwise(starts)
+            ),
+        )
+        for blocks in kept
+    )
+    if len(depths) < 2:
+        raise ValueError(f"{have}; an elastic net needs at least two depths, found {len(depths)}.")
+    if depths[0].blocks != total:
+        raise ValueError(
+            f"{have}; the deepest depth must keep them all, found {list(depths[0].per_stage)}. "
+            "Add the full depth, or use a smaller backbone."
+        )
+    for (deeper, deep_blocks), (shallower, blocks) in pairwise(zip(depths, kept, strict=True)):
+        if not blocks < deep_blocks:
+            raise ValueError(
+                f"Depths must be nested, each keeping fewer of the next deeper one's blocks: "
+                f"{list(shallower.per_stage)} does not fit inside {list(deeper.per_stage)}."
+            )
+    return depths
