@@ -172,7 +172,7 @@ def _run(probe: nn.Module, images: Tensor, input_shape: Sequence[int]) -> list[_
             output = probe(images)
         except Exception as error:
             raise ValueError(
-                f"{type(probe).__name__} does not take images of shape {tuple(input_shape)}: {error}"
+                f"{type(probe).__name__} fails on images of shape {tuple(input_shape)}: {error}"
             ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

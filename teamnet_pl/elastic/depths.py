@@ -163,10 +163,7 @@ def _checked(stages: Sequence[int], kept: list[set[int]], have: str) -> tuple[De
         Depth(
             name=f"d{len(blocks)}",
             kept=tuple(index in blocks for index in range(total)),
-            per_stage=tuple(
-                sum(index in blocks for index in range(first, end))
-                for first, end in pairwise(starts)
-            ),
+            per_stage=tuple(len(blocks.intersection(range(*stage))) for stage in pairwise(starts)),
         )
         for blocks in kept
     )
