@@ -95,7 +95,10 @@ def _evenly_spread_order(count: int) -> list[int]:
 
 
 def derive_depths(
-    stages: Sequence[int], spec: DepthSpec, policy: DepthPolicy = "round_robin"
+    stages: Sequence[int],
+    spec: DepthSpec,
+    policy: DepthPolicy = "last_stage_first",
+    interleaved: bool = False,
 ) -> tuple[Depth, ...]:
     """Derives the nested depths of a net.
 
@@ -105,6 +108,9 @@ def derive_depths(
             that each depth keeps; or the number that each keeps in each stage (its first ones,
             whatever the policy).
         policy: Order in which blocks are dropped, see `drop_order`.
+        interleaved: Whether a number of depths, all but the deepest, lie half-way between those
+            that are not interleaved, so that two such nets cover a ladder twice as fine. Without
+            room between them they are the same.
 
     Returns:
         The depths, the deepest first. The first one keeps every block.
@@ -114,6 +120,10 @@ def derive_depths(
             or do not include the whole net.
 
     Example:
+        >>> [d.name for d in derive_depths([9], 4)]
+        ['d9', 'd6', 'd3', 'd0']
+        >>> [d.name for d in derive_depths([9], 4, interleaved=True)]
+        ['d9', 'd8', 'd4', 'd2']
         >>> [(d.name, d.per_stage) for d in derive_depths([2, 1], 3)]
         [('d3', (2, 1)), ('d2', (2, 0)), ('d0', (0, 0))]
         >>> [d.per_stage for d in derive_depths([2, 1], [[2, 1], [1, 0]])]
@@ -126,6 +136,8 @@ def derive_depths(
             raise ValueError(f"{have}, so it has 2 to {total + 1} depths; {spec} were asked for.")
         step = total / (spec - 1)
         counts = [round(total - i * step) for i in range(spec)]
+        if interleaved and step >= 2:
+            counts[1:] = [round(total - (i + 0.5) * step) for i in range(spec - 1)]
     elif all(isinstance(item, int) for item in spec):
         counts = sorted((item for item in spec if isinstance(item, int)), reverse=True)
         if any(not 0 <= count <= total for count in counts):

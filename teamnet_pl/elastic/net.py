@@ -34,6 +34,7 @@ class ElasticNet(nn.Module):
         depths: How many depths, spread evenly from all blocks to none; or how many blocks each
             keeps; or how many each keeps in each stage. See `derive_depths`.
         policy: The order in which blocks are dropped, see `drop_order`.
+        interleaved: Whether a number of depths lie between those of a net that is not.
         blocks: Names of the skippable blocks, with wildcards. By default the residual blocks that
             keep their input's shape, see `trace`.
         per_depth_affine: Whether batch norms also have weights and biases per depth.
@@ -70,7 +71,8 @@ class ElasticNet(nn.Module):
         input_shape: Sequence[int],
         *,
         depths: DepthSpec = 4,
-        policy: DepthPolicy = "round_robin",
+        policy: DepthPolicy = "last_stage_first",
+        interleaved: bool = False,
         blocks: Sequence[str] | None = None,
         per_depth_affine: bool = False,
     ) -> None:
@@ -79,7 +81,7 @@ class ElasticNet(nn.Module):
         self.backbone = backbone
         self.blocks = found.blocks
         self.stages = found.stages
-        self.depths = derive_depths(found.stages, depths, policy)
+        self.depths = derive_depths(found.stages, depths, policy, interleaved)
         self.norms = nn.ModuleDict()
         self._selection = Selection()
         self._forwards: dict[str, SkippableForward | PerStreamForward] = {}

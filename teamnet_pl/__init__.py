@@ -1,0 +1,15 @@
+"""TeamNet: train one network that runs at many depths."""
+
+from teamnet_pl.backbones import BackboneConfig
+from teamnet_pl.cooperation import Cooperation, LeaderConfig, Team, TeammateConfig
+from teamnet_pl.elastic import Depth, ElasticNet
+
+__all__ = [
+    "BackboneConfig",
+    "Cooperation",
+    "Depth",
+    "ElasticNet",
+    "LeaderConfig",
+    "Team",
+    "TeammateConfig",
+]

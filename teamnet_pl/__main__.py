@@ -1,0 +1,5 @@
+"""``python -m teamnet_pl`` is ``teamnet``."""
+
+from teamnet_pl.cli import main
+
+main()

@@ -1,0 +1,6 @@
+"""Backbones by name: plain nets that map a batch of images to logits."""
+
+from teamnet_pl.backbones.cifar_resnet import CifarResNet
+from teamnet_pl.backbones.create import BackboneConfig, create_backbone
+
+__all__ = ["BackboneConfig", "CifarResNet", "create_backbone"]

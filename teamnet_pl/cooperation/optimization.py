@@ -1,0 +1,96 @@
+"""The optimiser and its learning rate."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimiser by its name in timm, such as ``sgd`` (with Nesterov momentum) or ``adamw``.
+
+    Attributes:
+        name: See `timm.optim.list_optimizers`.
+        lr: Learning rate at its peak.
+        weight_decay: Not applied to biases and the weights of norms.
+        momentum: For those optimisers that have one.
+        options: Further arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = list_optimizers()
+        if self.name.lower() not in known:
+            close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
+            raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
+
+    def create(self, module: nn.Module) -> Optimizer:
+        """Makes the optimiser of all parameters of a module that need a gradient.
+
+        Raises:
+            ValueError: If the optimiser does not take the options.
+        """
+        try:
+            optimizer: Optimizer = create_optimizer_v2(
+                module,
+                opt=self.name,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                **self.options,
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"The optimiser {self.name} does not take the options {self.options}: {error}."
+            ) from error
+        return optimizer
+
+
+@dataclass
+class ScheduleConfig:
+    """Linear warm-up, then half a cosine, step by step.
+
+    Attributes:
+        warmup: Share of the training in which the learning rate grows to its peak.
+        final: Learning rate at the end, as a share of the peak.
+
+    Source: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), without restarts.
+    """
+
+    warmup: float = 0.1
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the training in [0, 1), found {self.warmup}.")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Learning rate at a step as a share of the peak.
+
+        Example:
+            >>> [round(ScheduleConfig(warmup=0.5).factor(step, 8), 2) for step in range(9)]
+            [0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
+        """
+        warmup = self.warmup * steps
+        if step < warmup:
+            return min(1.0, (step + 1) / warmup)
+        done = min(1.0, (step - warmup) / (steps - warmup))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+    def create(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        """Makes the scheduler of a training of that many steps."""
+        return LambdaLR(optimizer, partial(self.factor, steps=steps))

@@ -1,0 +1,329 @@
+"""A team: a Leader and two Teammates, trained together at all depths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from teamnet_pl.backbones import BackboneConfig, create_backbone
+from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
+from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
+from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
+
+Stage = Literal["val", "test"]
+
+
+@dataclass
+class LeaderConfig(BackboneConfig):
+    """The Leader.
+
+    Attributes:
+        frozen: Whether it only teaches: evaluation mode, no gradient, no label loss.
+    """
+
+    frozen: bool = False
+
+
+@dataclass
+class TeammateConfig(BackboneConfig):
+    """A Teammate.
+
+    Attributes:
+        depths: How many depths, or the number of blocks that each keeps, or the number that each
+            keeps in each stage; see `teamnet_pl.elastic.derive_depths`.
+        policy: The order in which blocks are dropped.
+        interleaved: Whether a number of depths lie between those of a Teammate that is not.
+        blocks: Names of the skippable blocks, with wildcards; by default they are found.
+        per_depth_affine: Whether batch norms have weights and biases per depth.
+    """
+
+    depths: DepthSpec = 4
+    policy: DepthPolicy = "last_stage_first"
+    interleaved: bool = False
+    blocks: list[str] | None = None
+    per_depth_affine: bool = False
+
+
+class Team(LightningModule):
+    """Trains a Leader and Teammates together, each Teammate at all of its depths.
+
+    Members are named ``leader``, ``a/d7`` (Teammate a at depth d7) and so on. Each step runs the
+    Leader once and each Teammate once, packed. The loss is the Leader's label loss plus, for each
+    Teammate, the mean over its depths of the label loss and of the transfers into that depth. One
+    optimiser takes one step on the sum.
+
+    Args:
+        num_classes: Number of classes.
+        input_shape: Shape of one image, ``(channels, height, width)``.
+        leader: The Leader, or None to train without.
+        a: One Teammate.
+        b: The other, or None to train one alone.
+        cooperation: The transfers between them.
+        optimizer: The optimiser of all of them.
+        schedule: Its learning rate over the training.
+        label_smoothing: Share of the label spread over all classes, from 0 to 1.
+
+    Raises:
+        ValueError: If there is no such backbone, it cannot be elastic, or a depth, a transfer or an
+            optimiser does not fit.
+        FileNotFoundError: If there is no file with the weights to start from.
+
+    Source: Fang, Bradford, Kim, "Cooperative Learning for Cost-Adaptive Inference"
+    (arXiv 2312.08532).
+
+    Example:
+        >>> team = Team(num_classes=10, input_shape=(1, 8, 8), a=TeammateConfig(depths=3), b=None)
+        >>> sorted(team(torch.randn(2, 1, 8, 8)))
+        ['a/d0', 'a/d4', 'a/d7', 'leader']
+        >>> [str(transfer) for transfer in team.transfers]
+        ['leader->a/d7', 'a/d7->a/d4', 'a/d7->a/d0']
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        input_shape: Sequence[int],
+        leader: LeaderConfig | None = LeaderConfig(),  # noqa: B008 (a default that the CLI shows)
+        a: TeammateConfig = TeammateConfig(),  # noqa: B008
+        b: TeammateConfig | None = TeammateConfig(interleaved=True),  # noqa: B008
+        cooperation: Cooperation = Cooperation(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
+        if num_classes < 2:
+            raise ValueError(f"There must be at least 2 classes, found {num_classes}.")
+        # Plain values alone, so that a checkpoint loads without running pickled code.
+        self.save_hyperparameters(
+            {
+                "num_classes": num_classes,
+                "input_shape": list(input_shape),
+                "leader": leader and asdict(leader),
+                "a": asdict(a),
+                "b": b and asdict(b),
+                "cooperation": asdict(cooperation),
+                "optimizer": asdict(optimizer),
+                "schedule": asdict(schedule),
+                "label_smoothing": label_smoothing,
+                # Lightning's own, which turns the values into the dataclasses again.
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+        self.input_shape = tuple(input_shape)
+        self.cooperation = cooperation
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.label_smoothing = label_smoothing
+
+        self.leader: nn.Module | None = None
+        self.leader_frozen = leader is not None and leader.frozen
+        if leader is not None:
+            self.leader = create_backbone(leader, num_classes, input_shape[0])
+            self.leader.requires_grad_(not leader.frozen)
+        self.teammates = nn.ModuleDict()
+        for name, config in {"a": a, "b": b}.items():
+            if config is not None:
+                self.teammates[name] = ElasticNet(
+                    create_backbone(config, num_classes, input_shape[0]),
+                    input_shape,
+                    depths=config.depths,
+                    policy=config.policy,
+                    interleaved=config.interleaved,
+                    blocks=config.blocks,
+                    per_depth_affine=config.per_depth_affine,
+                )
+        self.transfers = cooperation.transfers(
+            {name: [depth.name for depth in net.depths] for name, net in self.elastic_nets.items()},
+            has_leader=leader is not None,
+        )
+        self.metrics = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict({who: _metrics(num_classes) for who in self._evaluated()})
+                for stage in get_args(Stage)
+            }
+        )
+
+    @property
+    def elastic_nets(self) -> Mapping[str, ElasticNet]:
+        """The Teammates by name."""
+        return dict(self.teammates.items())  # type: ignore[arg-type]
+
+    def members(self) -> list[str]:
+        """Names of all that is trained: the Leader and each depth of each Teammate."""
+        depths = [f"{name}/{d}" for name, net in self.elastic_nets.items() for d in net.depths]
+        return depths if self.leader is None else ["leader", *depths]
+
+    def _evaluated(self) -> list[str]:
+        return self.members() + (["ensemble"] if len(self.teammates) > 1 else [])
+
+    def train(self, mode: bool = True) -> Team:
+        """Sets training mode; a frozen Leader stays in evaluation mode."""
+        super().train(mode)
+        if self.leader is not None and self.leader_frozen:
+            self.leader.eval()
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Runs all members.
+
+        Args:
+            images: Shape ``(N, channels, height, width)``.
+
+        Returns:
+            Logits by the member's name, each ``(N, num_classes)`` and of at least single precision.
+        """
+        logits = {}
+        if self.leader is not None:
+            logits["leader"] = _single(self.leader(images))
+        for name, net in self.elastic_nets.items():
+            packed = _single(net.packed(images))
+            logits |= {f"{name}/{d}": own for d, own in zip(net.depths, packed, strict=True)}
+        return logits
+
+    def losses(self, logits: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Every term of the loss, unweighted.
+
+        Args:
+            logits: By the member's name, each ``(N, num_classes)``.
+            target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, num_classes)``.
+
+        Returns:
+            ``ce/<member>`` for each trained member and ``kd/<teacher>-><student>`` for each
+            transfer, scalars.
+        """
+        terms = {
+            f"ce/{member}": F.cross_entropy(own, target, label_smoothing=self.label_smoothing)
+            for member, own in logits.items()
+            if not (member == "leader" and self.leader_frozen)
+        }
+        for own in self.transfers:
+            terms[f"kd/{own}"] = distillation_loss(
+                logits[own.student], logits[own.teacher], own.temperature
+            )
+        return terms
+
+    def total_loss(self, terms: Mapping[str, Tensor], ramp: float) -> Tensor:
+        """Sums the terms of the loss up.
+
+        Args:
+            terms: As `losses` returns them.
+            ramp: Factor of all transfers, 0 to 1.
+
+        Returns:
+            The loss, a scalar.
+        """
+        total = terms.get("ce/leader", torch.zeros((), device=self.device))
+        for name, net in self.elastic_nets.items():
+            own = [terms[f"ce/{name}/{depth}"] for depth in net.depths]
+            own += [
+                ramp * transfer.weight * terms[f"kd/{transfer}"]
+                for transfer in self.transfers
+                if transfer.student.startswith(f"{name}/")
+            ]
+            total = total + torch.stack(own).sum() / len(net.depths)
+        return total
+
+    def _ramp(self) -> float:
+        steps = self.cooperation.ramp * self.trainer.estimated_stepping_batches
+        return min(1.0, (self.global_step + 1) / steps) if steps else 1.0
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One step of all members on one batch of images and labels."""
+        images, target = batch
+        terms = self.losses(self(images), target)
+        ramp = self._ramp()
+        loss = self.total_loss(terms, ramp)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/ramp", ramp)
+        self.log_dict({f"train/{name}": term for name, term in terms.items()})
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measures all members on one batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measures all members on one batch."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities of one batch by the member's name, each ``(N, num_classes)``."""
+        return self._probabilities(self(batch[0]))
+
+    def _probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adds to the members' predictions the mean of the Teammates' deepest ones."""
+        found = {member: own.softmax(dim=-1) for member, own in logits.items()}
+        if len(self.teammates) > 1:
+            deepest = [found[f"{name}/{net.depths[0]}"] for name, net in self.elastic_nets.items()]
+            found["ensemble"] = torch.stack(deepest).mean(dim=0)
+        return found
+
+    def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
+        images, target = batch
+        for member, own in self._probabilities(self(images)).items():
+            for name, metric in self._metrics(stage, member).items():
+                if name == "loss":
+                    log_likelihood = own.clamp_min(torch.finfo(own.dtype).tiny).log()
+                    metric.update(F.nll_loss(log_likelihood, target, reduction="none"))
+                else:
+                    metric.update(own, target)
+                self.log(f"{stage}/{name}/{member}", metric)
+
+    def _metrics(self, stage: Stage, member: str) -> Mapping[str, Metric]:
+        metrics: Mapping[str, Metric] = self.metrics[stage][member]  # type: ignore[index]
+        return metrics
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the mean accuracy of all depths of all Teammates."""
+        self._log_mean_accuracy("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the mean accuracy of all depths of all Teammates."""
+        self._log_mean_accuracy("test")
+
+    def _log_mean_accuracy(self, stage: Stage) -> None:
+        depths = [member for member in self.members() if member != "leader"]
+        found = [self._metrics(stage, member)["accuracy"].compute() for member in depths]
+        mean = torch.stack(found).mean()
+        self.log(f"{stage}/accuracy/mean", mean, prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimiser for all members, its learning rate scheduled by the step."""
+        optimizer = self.optimizer_config.create(self)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            return optimizer
+        scheduler = self.schedule_config.create(optimizer, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    metrics: dict[str, Metric] = {
+        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+        "calibration_error": MulticlassCalibrationError(num_classes),
+        "loss": MeanMetric(),
+    }
+    if num_classes > 5:
+        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return nn.ModuleDict(metrics)
+
+
+def _single(logits: Tensor) -> Tensor:
+    """Losses and metrics need more than half precision."""
+    return logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits
