@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import pickle
+import re
 import sys
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -17,7 +22,8 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 
-from teamnet_pl.callbacks import DepthReport
+from teamnet_pl import cooperation, data
+from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 
@@ -35,6 +41,27 @@ class CheckpointedConfig(SaveConfigCallback):
         checkpoint[_CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in ("model", "data")})
 
 
+class TeamArgumentParser(LightningArgumentParser):
+    """Says what may have been meant where a name is not known."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message with what may have been meant, and exits."""
+        unknown = re.findall(r"Option '([\w.]+)'|arguments: --([\w.]+)|path string: (\w+)", message)
+        names = [next(filter(None, groups)) for groups in unknown]
+        for name in dict.fromkeys(names):
+            if close := difflib.get_close_matches(name, set(self._names()), n=3):
+                message += f"\n{name!r} is not known. Did you mean {' or '.join(close)}?"
+        super().error(message, ex)
+
+    def _names(self) -> Iterable[str]:
+        yield from (option.removeprefix("--") for option in self._option_string_actions)
+        for public in (*vars(cooperation).values(), *vars(data).values()):
+            if isinstance(public, type):
+                yield public.__name__
+            if is_dataclass(public):
+                yield from (field.name for field in fields(public))
+
+
 class TeamCLI(LightningCLI):
     """`LightningCLI` for a `Team` on any `ImageDataModule`.
 
@@ -47,6 +74,7 @@ class TeamCLI(LightningCLI):
         """Adds the callbacks that every run has, and what the data tells the team."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(DepthReport, "report")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/accuracy/mean",
@@ -71,11 +99,21 @@ class TeamCLI(LightningCLI):
             args = sys.argv[1:]
             sys.argv = sys.argv[:1]  # or Lightning warns that they were given twice
         if isinstance(args, list):
-            args = _with_checkpointed_config(args)
+            try:
+                args = _with_checkpointed_config(args)
+            except (FileNotFoundError, ValueError) as error:
+                parser.error(str(error))
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning's own lets a checkpoint override the command line."""
+
+    def instantiate_classes(self) -> None:
+        """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
+        try:
+            super().instantiate_classes()
+        except (FileNotFoundError, ValueError) as error:
+            self._parser(self.subcommand).error(str(error))
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""
@@ -87,13 +125,20 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
     """Puts the config of a named checkpoint in front of all other options."""
     for index, argument in enumerate(args):
         name, equals, value = argument.partition("=")
-        if name == "--ckpt_path":
-            path = value if equals else "".join(args[index + 1 : index + 2])
-            if Path(path).is_file():
-                # Only tensors and plain values: nothing in the file is run.
-                checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-                if _CONFIG_KEY in checkpoint:
-                    return [args[0], "--config", checkpoint[_CONFIG_KEY], *args[1:]]
+        if name != "--ckpt_path":
+            continue
+        path = Path(value if equals else "".join(args[index + 1 : index + 2]))
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no checkpoint {path}.")
+        try:
+            # Only tensors and plain values: nothing in the file is run.
+            checkpoint = torch.load(path, map_location="meta", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} is no checkpoint: it does not load as tensors and plain values."
+            ) from error
+        if _CONFIG_KEY in checkpoint:
+            return [args[0], "--config", checkpoint[_CONFIG_KEY], *args[1:]]
     return args
 
 
@@ -111,12 +156,10 @@ def main(args: ArgsType = None) -> None:
                 "init_args": {"save_dir": "logs", "name": ""},
             }
         },
-        parser_kwargs={"parser_mode": "yaml"},
+        parser_class=TeamArgumentParser,
+        seed_everything_default=0,
         # The team keeps its own: Lightning's lack what the data tells the team.
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
+        args=args,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """What a run shows and leaves behind."""
 
 from teamnet_pl.callbacks.depth_report import DepthReport
+from teamnet_pl.callbacks.prediction_writer import PredictionWriter
 
-__all__ = ["DepthReport"]
+__all__ = ["DepthReport", "PredictionWriter"]

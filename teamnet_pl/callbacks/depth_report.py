@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from teamnet_pl.callbacks.folder import results_folder
 from teamnet_pl.cooperation import Team
 from teamnet_pl.cooperation.team import Stage
 from teamnet_pl.elastic import cost, depth_costs
@@ -83,7 +83,7 @@ class DepthReport(Callback):
         Console().print(report_table(rows))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = _folder(trainer)
+        folder = results_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "per_depth.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
         if self.picture:
@@ -95,13 +95,6 @@ class DepthReport(Callback):
                     logger.log_image("per_depth", [str(path)])
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("per_depth", figure, trainer.global_step)
-
-
-def _folder(trainer: Trainer) -> Path:
-    if trainer.ckpt_path is not None:
-        return Path(trainer.ckpt_path).parent
-    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(checkpoints or trainer.log_dir or trainer.default_root_dir)
 
 
 def report_rows(team: Team, split: Stage, metrics: dict[str, float]) -> list[Row]:
