@@ -199,7 +199,7 @@ def main() -> None:
             done = {
                 "command": "python " + " ".join(sys.argv),
                 "date": date.today().isoformat(),
-                "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+                "machine": f"{platform.machine()}, torch {torch.__version__}",
                 "settings": vars(args),
                 "rows": sorted(rows, key=lambda r: (r["method"], r["seed"], r["net"], -r["macs"])),
             }

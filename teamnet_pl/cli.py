@@ -95,15 +95,14 @@ class TeamCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the command line, after the config of the checkpoint that it names."""
-        if args is None:
-            args = sys.argv[1:]
-            sys.argv = sys.argv[:1]  # or Lightning warns that they were given twice
-        if isinstance(args, list):
-            try:
-                args = _with_checkpointed_config(args)
-            except (FileNotFoundError, ValueError) as error:
-                parser.error(str(error))
-        super().parse_arguments(parser, args)
+        if args is not None and not isinstance(args, list):
+            super().parse_arguments(parser, args)
+            return
+        try:
+            words = _with_checkpointed_config(sys.argv[1:] if args is None else args)
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
+        self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning's own lets a checkpoint override the command line."""

@@ -34,7 +34,7 @@ class BackboneConfig:
         checkpoint: File with weights to start from: a state dict, or a Lightning checkpoint (its
             ``state_dict``).
         checkpoint_prefix: What the names of the backbone's weights begin with in that file, such
-            as ``leader.`` for the Leader of a team's checkpoint, ``a.backbone.`` for a Teammate.
+            as, in a team's checkpoint, ``leader.`` or ``teammates.a.backbone.``.
     """
 
     name: str = "cifar/resnet20"
