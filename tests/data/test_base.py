@@ -1,0 +1,459 @@
+import os
+import pickle
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from teamnet_pl.data import Digits, FashionMNIST, ImageDataModule
+
+CLASSES = 4
+HEIGHT, WIDTH = 5, 6
+MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 0.2)
+
+
+def toy_pixels(index: int, label: int) -> np.ndarray:
+    """Red tells the class, green the sample, blue left from right."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    pixels[..., 0] = label * 85
+    pixels[..., 1] = index
+    pixels[:, : WIDTH // 2, 2] = 255
+    return pixels
+
+
+class ToyImages(Dataset):
+    """PIL images made on demand, as a folder of files would give them."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(toy_pixels(index, self.labels[index])), self.labels[index]
+
+
+class Toy(ImageDataModule):
+    num_classes = CLASSES
+    input_shape = (3, HEIGHT, WIDTH)
+    mean = MEAN
+    std = STD
+
+    def __init__(
+        self,
+        counts: tuple[int, ...] = (40, 20, 60, 80),
+        test_labels: tuple[int, ...] = (3, 0, 1, 2, 2),
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train_labels = np.repeat(np.arange(len(counts)), counts).tolist()
+        self.test_labels = list(test_labels)
+
+    def load_split(self, train: bool):
+        labels = self.train_labels if train else self.test_labels
+        return ToyImages(labels), labels
+
+
+def toy(stage: str = "fit", seed: int = 0, **kwargs) -> Toy:
+    pl.seed_everything(seed, workers=True, verbose=False)
+    data = Toy(**kwargs)
+    data.setup(stage)
+    return data
+
+
+def unnormalised(images: torch.Tensor) -> np.ndarray:
+    assert images.dtype == torch.float32
+    scale = np.array(STD).reshape(3, 1, 1), np.array(MEAN).reshape(3, 1, 1)
+    return (images.numpy() * scale[0] + scale[1]) * 255
+
+
+def served(loader) -> list[tuple[int, int]]:
+    """(sample, label) of every image that a loader serves, in order."""
+    pairs = []
+    for images, labels in loader:
+        assert labels.dtype == torch.int64
+        assert images.shape == (len(labels), 3, HEIGHT, WIDTH)
+        samples = unnormalised(images)[:, 1, 0, 0].round().astype(int)
+        pairs += zip(samples.tolist(), labels.tolist(), strict=True)
+    return pairs
+
+
+# Batches
+
+
+@pytest.mark.parametrize("loader", ["test_dataloader", "predict_dataloader"])
+def test_evaluation_batches_are_the_normalised_images_in_order(loader):
+    data = toy("test", batch_size=2)
+    batches = list(getattr(data, loader)())
+    assert [len(labels) for _, labels in batches] == [2, 2, 1]
+    images = torch.cat([images for images, _ in batches])
+    assert torch.cat([labels for _, labels in batches]).tolist() == [3, 0, 1, 2, 2]
+    truth = np.stack([toy_pixels(i, y) for i, y in enumerate([3, 0, 1, 2, 2])]).transpose(
+        0, 3, 1, 2
+    )
+    np.testing.assert_allclose(unnormalised(images), truth, atol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 250),
+    val_fraction=st.floats(0.05, 0.9),
+    split_seed=st.integers(0, 2**32 - 1),
+)
+def test_train_and_val_part_the_training_split_by_label(batch_size, val_fraction, split_seed):
+    data = toy(batch_size=batch_size, val_fraction=val_fraction, split_seed=split_seed)
+    val = served(data.val_dataloader())
+    train = served(data.train_dataloader())
+    truth = dict(enumerate(data.train_labels))
+    assert dict(train + val).items() <= truth.items()
+    samples = [sample for sample, _ in train + val]
+    assert len(samples) == len(set(samples))
+    counts = np.bincount([label for _, label in val], minlength=CLASSES)
+    assert np.all(np.abs(counts - val_fraction * np.array([40, 20, 60, 80])) <= 1)
+    # Only whole batches, unless there is just the one.
+    images = 200 - len(val)
+    whole = images - images % batch_size if images > batch_size else images
+    assert len(train) == whole
+
+
+def test_split_seed_changes_the_split_and_nothing_else_does():
+    def val(**kwargs):
+        return served(toy(**kwargs).val_dataloader())
+
+    assert val(split_seed=1) == val(split_seed=1, seed=5, batch_size=7)
+    assert set(val(split_seed=1)) != set(val(split_seed=2))
+
+
+def test_train_size_takes_a_stratified_subset_and_leaves_validation_alone():
+    whole, part = toy(val_fraction=0.1), toy(val_fraction=0.1, train_size=45)
+    subset = served(part.train_dataloader())
+    assert len(set(subset)) == 45
+    assert {sample for sample, _ in subset} < set(whole.train_set.indices)
+    counts = np.bincount([label for _, label in subset])
+    assert np.all(np.abs(counts - np.array([9, 4.5, 13.5, 18])) < 1)
+    assert served(part.val_dataloader()) == served(whole.val_dataloader())
+    assert len(toy(val_fraction=0.1, train_size=180).train_set) == 180
+
+
+# Order and reproducibility
+
+
+def test_each_epoch_is_shuffled_anew_and_each_seed_differently():
+    data = toy(batch_size=180)
+    loader = data.train_dataloader()
+    first, second, reloaded = served(loader), served(loader), served(data.train_dataloader())
+    other = served(toy(batch_size=180, seed=1).train_dataloader())
+    orders = {tuple(order) for order in (first, second, reloaded, other, sorted(first))}
+    assert len(orders) == 5
+    assert {frozenset(order) for order in orders} == {frozenset(first)}
+
+
+def two_epochs(draws: int = 0, **kwargs) -> list[torch.Tensor]:
+    """Digits, as worker processes can't import this file's classes everywhere."""
+    pl.seed_everything(0, workers=True, verbose=False)
+    data = Digits(batch_size=100, **kwargs)
+    data.setup("fit")
+    torch.rand(draws)
+    loader = data.train_dataloader()
+    return [tensor for _ in range(2) for batch in loader for tensor in batch]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("num_workers", "draws"), [(0, 100), (2, 0)])
+def test_order_depends_on_the_seed_alone(num_workers, draws):
+    expected = two_epochs(train_transform=[])
+    batches = two_epochs(train_transform=[], num_workers=num_workers, draws=draws)
+    assert len(batches) == 2 * 12 * 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, batches, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmented_mixed_batches_repeat_after_seeding(num_workers):
+    kwargs = {"num_workers": num_workers, "mixup_alpha": 1, "cutmix_alpha": 1}
+    first, second = two_epochs(**kwargs), two_epochs(**kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_setup_leaves_the_random_state_alone():
+    pl.seed_everything(3, verbose=False)
+    expected = torch.rand(3)
+    toy(seed=3, train_transform=v2.ColorJitter(0.5))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_loaders_pickle_for_spawned_workers():
+    data = toy(mixup_alpha=1)
+    loader = data.train_dataloader()
+    for part in (loader.dataset, loader.collate_fn):
+        pickle.dumps(part)
+
+
+# Transforms
+
+
+def test_train_transform_augments_training_images_only():
+    data = toy(train_transform=v2.RandomHorizontalFlip(p=1))
+    train, _ = next(iter(data.train_dataloader()))
+    val, _ = next(iter(data.val_dataloader()))
+    assert np.allclose(unnormalised(train)[:, 2, :, WIDTH // 2 :], 255)
+    assert np.allclose(unnormalised(train)[:, 2, :, : WIDTH // 2], 0, atol=1e-3)
+    assert np.allclose(unnormalised(val)[:, 2, :, : WIDTH // 2], 255)
+
+
+def test_default_and_evaluation_transforms_of_a_subclass():
+    class Changed(Toy):
+        def default_train_transform(self):
+            return [v2.RandomInvert(p=1)]
+
+        def eval_transform(self):
+            return [v2.RandomHorizontalFlip(p=1)]
+
+    def ends(loader):
+        images, labels = next(iter(loader))
+        red, left, right = unnormalised(images)[0, [0, 2, 2], 0, [0, 0, -1]].round()
+        return red - 85 * labels[0].item(), left, right
+
+    data, plain = Changed(), Changed(train_transform=[])
+    data.setup("test")
+    for module in (data, plain):
+        module.setup("fit")
+        for loader in (module.val_dataloader(), data.test_dataloader()):
+            assert ends(loader) == (0, 0, 255)
+    assert ends(plain.train_dataloader()) == (0, 255, 0)
+    assert ends(data.train_dataloader())[1:] == (0, 255)
+    assert ends(data.train_dataloader())[0] != 0
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "{class_path: torchvision.transforms.v2.RandomInvert, init_args: {p: 1.0}}",
+        """
+        - class_path: torchvision.transforms.v2.RandomAffine
+          init_args: {degrees: 0}
+        - class_path: torchvision.transforms.v2.RandomCrop
+          init_args: {size: 8, padding: 0}
+        - class_path: torchvision.transforms.v2.RandomInvert
+          init_args: {p: 1}
+        """,
+    ],
+    ids=["one", "list"],
+)
+def test_train_transform_from_yaml(tmp_path, yaml):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data:\n  class_path: teamnet_pl.data.Digits\n  init_args:\n    train_transform: " + yaml
+    )
+    data = parser().instantiate(parser().parse_args([f"--config={config}"])).data
+    data.setup("fit")
+    plain = Digits(train_transform=[])
+    plain.setup("fit")
+    image = data.train_set[0][0]
+    torch.testing.assert_close(image, 1 - plain.train_set[0][0])
+
+
+@pytest.mark.parametrize(("name", "cls"), [("digits", Digits), ("fashion_mnist", FashionMNIST)])
+def test_shipped_configs(name, cls):
+    config = Path(__file__).parents[2] / "configs" / "data" / f"{name}.yaml"
+    data = parser().instantiate(parser().parse_args([f"--config={config}"])).data
+    assert type(data) is cls
+
+
+def test_attributes_link_to_the_model_before_setup():
+    class Model:
+        def __init__(self, num_classes: int, input_shape: tuple[int, int, int]) -> None:
+            self.arguments = num_classes, input_shape
+
+    linked = parser()
+    linked.add_class_arguments(Model, "model")
+    for name in ("num_classes", "input_shape"):
+        linked.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    for arguments, expected in (
+        (["--data=Digits", "--data.image_size=12"], (10, (1, 12, 12))),
+        (["--data=FashionMNIST"], (10, (1, 28, 28))),
+    ):
+        model = linked.instantiate(linked.parse_args(arguments)).model
+        assert model.arguments == expected
+
+
+# MixUp and CutMix
+
+
+@pytest.mark.parametrize("alphas", [(0.5, 0), (0, 1), (1, 1)])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 1000), batch_size=st.integers(2, 30))
+def test_mixed_labels_are_the_shares_of_the_classes_in_the_images(alphas, seed, batch_size):
+    mixup, cutmix = alphas
+    data = toy(seed=seed, batch_size=batch_size, mixup_alpha=mixup, cutmix_alpha=cutmix)
+    for images, labels in data.train_dataloader():
+        assert labels.shape == (len(images), CLASSES)
+        assert labels.dtype == torch.float32
+        assert labels.min() >= 0
+        torch.testing.assert_close(labels.sum(1), torch.ones(len(images)))
+        red = unnormalised(images)[:, 0].mean((1, 2))
+        np.testing.assert_allclose(red, labels.numpy() @ (np.arange(CLASSES) * 85), atol=0.01)
+    _, labels = next(iter(data.val_dataloader()))
+    assert labels.dtype == torch.int64
+
+
+def test_each_batch_gets_mixup_or_cutmix():
+    def cut(**kwargs):
+        data = toy(batch_size=6, **kwargs)
+        # CutMix leaves whole pixels: some image has two values of green; MixUp blends them to one.
+        greens = [unnormalised(images)[:, 1] for images, _ in data.train_dataloader()]
+        return [bool((green.max((1, 2)) - green.min((1, 2)) > 0.5).any()) for green in greens]
+
+    assert not any(cut(mixup_alpha=1))
+    assert any(cut(cutmix_alpha=1))
+    both = cut(mixup_alpha=1, cutmix_alpha=1)
+    assert any(both)
+    assert not all(both)
+
+
+# Lightning
+
+
+class Recorder(pl.LightningModule):
+    """A model that notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, _):
+        self.seen += served([batch])
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, _):
+        pass
+
+    def on_train_epoch_end(self):
+        if self.trainer.world_size > 1:
+            share = torch.tensor(self.seen)
+            self.seen = self.all_gather(share).tolist()
+            self.trainer.callback_metrics["shares"] = torch.tensor(self.seen)
+
+    def predict_step(self, batch, _):
+        return batch[1]
+
+
+def trainer(**kwargs) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fit_and_predict():
+    pl.seed_everything(0, verbose=False)
+    data, model, fit = Toy(batch_size=20), Recorder(), trainer()
+    fit.fit(model, datamodule=data)
+    assert sorted(model.seen) == sorted(
+        (sample, data.train_labels[sample]) for sample in data.train_set.indices.tolist()
+    )
+    assert torch.cat(fit.predict(model, datamodule=data)).tolist() == [3, 0, 1, 2, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_an_epoch():
+    pl.seed_everything(0, verbose=False)
+    # More than a batch in all, less than a batch each: nothing may be dropped.
+    data, model = Toy(batch_size=100), Recorder()
+    fit = trainer(strategy="ddp_fork", devices=2)
+    fit.fit(model, datamodule=data)
+    first, second = fit.callback_metrics["shares"].tolist()
+    data.setup("fit")
+    assert len(first) == len(second) == 90
+    assert sorted(sample for sample, _ in first + second) == sorted(data.train_set.indices)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("val_fraction", 0.0, "val_fraction must be strictly between 0 and 1, got 0.0"),
+        ("val_fraction", 1.0, "val_fraction must be strictly between 0 and 1, got 1.0"),
+        ("val_fraction", float("nan"), "val_fraction must be .* got nan"),
+        ("train_size", 0, "train_size must be at least 1, got 0"),
+        ("split_seed", -1, "split_seed must be in .* got -1"),
+        ("num_workers", -1, "num_workers must be 0 or more, got -1"),
+        ("mixup_alpha", -0.1, "mixup_alpha must be 0 .off. or positive, got -0.1"),
+        ("cutmix_alpha", -1.0, "cutmix_alpha must be 0 .off. or positive, got -1.0"),
+        ("mixup_alpha", float("inf"), "mixup_alpha must be .* got inf"),
+    ],
+)
+def test_arguments_out_of_range(argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        Toy(**{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"counts": (40, 1, 40, 40)}, r"1 in the smallest.*val_fraction=0.1"),
+        ({"val_fraction": 0.01}, r"200 samples of 4 classes.*val_fraction=0.01"),
+        ({"train_size": 3}, r"train_size must be between 4 .* and 180 .* got 3"),
+        ({"train_size": 181}, r"train_size must be between 4 .* and 180 .* got 181"),
+        ({"counts": (9, 9, 9, 9, 9, 9)}, r"training split: labels must be in 0..3, found \[4, 5\]"),
+        ({"train_transform": v2.Pad(1)}, r"train_transform gives .*\(3, 7, 8\).*\(3, 5, 6\)"),
+    ],
+)
+def test_data_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**arguments)
+
+
+def test_test_labels_out_of_range():
+    with pytest.raises(ValueError, match=r"test split: labels must be in 0..3, found \[-1\]"):
+        toy("test", test_labels=(0, -1, 2))
+
+
+def test_evaluation_images_of_another_shape():
+    class Cropped(Toy):
+        def eval_transform(self):
+            return [v2.CenterCrop(4)]
+
+    for stage in ("validate", "predict"):
+        with pytest.raises(ValueError, match=r"evaluation transform gives .*\(3, 4, 4\)"):
+            Cropped().setup(stage)
+
+
+def test_count_of_images_and_labels_differ():
+    class Short(Toy):
+        def load_split(self, train):
+            dataset, labels = super().load_split(train)
+            return dataset, labels[:-1]
+
+    with pytest.raises(ValueError, match="200 images but 199 labels"):
+        Short().setup("fit")
