@@ -1,0 +1,411 @@
+"""The packed forward, against one forward and one backward of a plain net for each depth."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+import torchvision.models as tv
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic.depths import derive_depths
+from teamnet_pl.elastic.streams import Plan
+
+SHAPE = (3, 8, 8)
+POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
+RATE = 0.05
+
+
+def close(actual, expected, what=""):
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-10, atol=1e-10, msg=lambda message: f"{what}: {message}"
+    )
+
+
+class Separate:
+    """The truth: plain nets, one for each depth, that are trained as if they shared weights."""
+
+    def __init__(self, backbone, net, by_hand, per_depth_affine=False):
+        self.nets = [by_hand(backbone, net, depth) for depth in net.depths]
+        self.kept = [depth.kept for depth in net.depths]
+        self.blocks = [block.name for block in net.blocks]
+        norms = [name for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        self.norms = norms if per_depth_affine else []
+        # In the backbones used here modules are registered in the order in which they run.
+        self.order = [name for name, _ in backbone.named_modules()]
+
+    def owner(self, depth, name):
+        """What tells a depth's own weights from those of other depths: the blocks before it."""
+        layer = name.rpartition(".")[0]
+        if layer not in self.norms:
+            return name, ()
+        before = [
+            self.order.index(block) < self.order.index(layer) and not layer.startswith(f"{block}.")
+            for block in self.blocks
+        ]
+        return name, self.kept[depth][: sum(before)]
+
+    def step(self, images, gradients):
+        """One forward, backward and step of plain gradient descent; returns logits, gradients."""
+        logits, summed = [], {}
+        for depth, (net, gradient) in enumerate(zip(self.nets, gradients, strict=True)):
+            net.zero_grad()
+            logits.append(net(images))
+            logits[-1].backward(gradient)
+            for name, parameter in net.named_parameters():
+                owner = self.owner(depth, name)
+                summed[owner] = summed.get(owner, 0) + parameter.grad
+        with torch.no_grad():
+            for depth, net in enumerate(self.nets):
+                for name, parameter in net.named_parameters():
+                    parameter -= RATE * summed[self.owner(depth, name)]
+        return logits, summed
+
+
+def gradients_of(net):
+    """By the parameter's name, that of the deepest stream first where there are several."""
+    found = {name: [parameter] for name, parameter in net.backbone.named_parameters()}
+    for layer, copies in net.norms.items():
+        for each in copies:
+            for name, parameter in each.named_parameters():
+                own = found[f"{layer.replace('-', '.')}.{name}"]
+                if parameter is not own[0]:
+                    own.append(parameter)
+    return {name: [parameter.grad for parameter in own] for name, own in found.items()}
+
+
+@dataclass
+class Case:
+    kind: str
+    stages: list
+    norm: str
+    depths: object
+    policy: str
+
+
+@st.composite
+def depth_sets(draw, counts):
+    total = sum(counts)
+    form = draw(st.sampled_from(["number", "counts", "rows"]))
+    if form == "number":
+        return draw(st.integers(2, total + 1))
+    if form == "counts":
+        return [total, *draw(st.sets(st.integers(0, total - 1), min_size=1))]
+    rows = [list(counts)]
+    for _ in range(draw(st.integers(1, 4))):
+        row = [draw(st.integers(0, kept)) for kept in rows[-1]]
+        if row != rows[-1]:
+            rows.append(row)
+    assume(len(rows) > 1)
+    return rows
+
+
+@st.composite
+def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
+    kind = draw(st.sampled_from(kinds))
+    stage = st.tuples(st.integers(1, 4), st.booleans())
+    stages = draw(st.lists(stage, min_size=1, max_size=3))
+    counts = [blocks - down for blocks, down in stages if blocks > down]
+    if kind == "transformer":
+        counts = [sum(blocks for blocks, _ in stages)]
+    assume(counts)
+    norm = draw(st.sampled_from(norms or ["batch", "batch", "group", "layer"]))
+    return Case(kind, stages, norm, draw(depth_sets(counts)), draw(st.sampled_from(POLICIES)))
+
+
+def hold_against_the_truth(toys, case, training, batch, size, steps=3, per_depth_affine=False):
+    backbone = toys.build(case.kind, case.stages, case.norm)
+    pristine = copy.deepcopy(backbone).train(training)
+    net = ElasticNet(
+        backbone,
+        SHAPE,
+        depths=case.depths,
+        policy=case.policy,
+        per_depth_affine=per_depth_affine,
+    ).train(training)
+    assert [block.name for block in net.blocks] == toys.names_by_hand(case.kind, case.stages)
+    truth = Separate(pristine, net, toys.by_hand, per_depth_affine)
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=generator)
+        gradients = torch.randn(
+            len(net.depths), batch, 5, dtype=torch.float64, generator=generator
+        ) / (batch * len(net.depths))
+        optimizer.zero_grad()
+        logits = net.packed(images)
+        logits.backward(gradients)
+        expected, summed = truth.step(images, gradients)
+        close(logits, torch.stack(expected), "logits")
+        by_name = {}
+        for (name, _), gradient in summed.items():  # the deepest depth's first
+            by_name.setdefault(name, []).append(gradient)
+        close(gradients_of(net), by_name, "gradients")
+        optimizer.step()
+
+    for depth, plain in zip(net.depths, truth.nets, strict=True):
+        found = net.extract(depth)
+        # An extracted net's names move up, the order stays.
+        close(list(found.buffers()), list(plain.buffers()), f"statistics of {depth}")
+        close(list(found.parameters()), list(plain.parameters()), f"weights of {depth}")
+        with net.eval().at(depth), torch.no_grad():
+            close(net(images), plain.eval()(images), f"{depth} in eval mode")
+    return net, pristine
+
+
+sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
+
+
+@given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
+@settings(max_examples=40, deadline=None)
+def test_packed_is_one_forward_for_each_depth(toys, case, training, batch, size):
+    net, pristine = hold_against_the_truth(toys, case, training, batch, size)
+    assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
+    changed = [
+        not torch.equal(*pair)
+        for pair in zip(net.backbone.buffers(), pristine.buffers(), strict=True)
+    ]
+    assert changed == [training] * len(changed)
+
+
+@given(case=cases(kinds=["residual", "preactivation"], norms=["batch"]), training=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_packed_with_affine_weights_per_depth(toys, case, training):
+    net, pristine = hold_against_the_truth(
+        toys, case, training, batch=3, size=(9, 11), per_depth_affine=True
+    )
+    own = sum(len(copies) for copies in net.norms.values())
+    assert len(list(net.parameters())) == len(list(pristine.parameters())) + 2 * own
+
+
+@given(case=cases(), training=st.booleans(), data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_one_depth_is_a_plain_net(toys, case, training, data):
+    backbone = toys.build(case.kind, case.stages, case.norm)
+    pristine = copy.deepcopy(backbone).train(training)
+    net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy).train(training)
+    depth = data.draw(st.sampled_from(net.depths), label="depth")
+    plain = toys.by_hand(pristine, net, depth)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=RATE) for each in (net, plain)]
+    for _ in range(2):
+        images = torch.randn(3, 3, 9, 12, dtype=torch.float64)
+        with net.at(depth):
+            logits = net(images)
+        expected = plain(images)
+        close(logits, expected, "logits")
+        for each in (logits, expected):
+            each.square().mean().backward()
+        run = {id(p) for p in net.extract(depth).parameters()}
+        assert run.isdisjoint(id(p) for p in net.parameters())
+        found = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+        close(found, {name: p.grad for name, p in plain.named_parameters()}, "gradients")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    close(list(net.extract(depth).buffers()), list(plain.buffers()), "statistics")
+
+
+def test_one_depth_leaves_statistics_that_are_not_its_own(toys):
+    net = ElasticNet(toys.build(), SHAPE, depths=4).train()
+    before = {depth: copy.deepcopy(net.extract(depth).last_norm) for depth in net.depths}
+    with net.at(net.depths[2]):
+        net(torch.randn(2, 3, 8, 8).double())
+    for depth, norm in before.items():
+        same = torch.equal(net.extract(depth).last_norm.running_mean, norm.running_mean)
+        assert same == (depth != net.depths[2])
+
+
+def test_the_deepest_depths_statistics_stay_in_the_backbone(toys):
+    net = ElasticNet(toys.build(), SHAPE, depths=3)
+    toys.train(net)
+    close(list(net.backbone.buffers()), list(net.extract(net.depths[0]).buffers()))
+
+
+def test_single_pixel_and_single_image_fails_as_in_a_plain_net(toys):
+    net = ElasticNet(toys.build(stages=[(2, True)] * 3), SHAPE, depths=2).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net.packed(torch.randn(1, 3, 4, 4).double())
+
+
+# Real nets
+
+
+def tiny_vit():
+    return tv.VisionTransformer(32, 16, 3, 2, 16, 32, num_classes=5)
+
+
+REAL = {
+    "torchvision_resnet": lambda: tv.ResNet(tv.resnet.BasicBlock, [2, 2, 1, 1], num_classes=5),
+    "torchvision_resnext": lambda: tv.ResNet(
+        tv.resnet.Bottleneck, [2, 2, 1, 1], num_classes=5, groups=4, width_per_group=2
+    ),
+    "torchvision_vit": tiny_vit,
+    "torchvision_swin": lambda: tv.SwinTransformer(
+        [4, 4], 8, [2, 2], [1, 2], [7, 7], stochastic_depth_prob=0.0, num_classes=5
+    ),
+    "timm_efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
+    "timm_byobnet": lambda: timm.create_model("test_byobnet", num_classes=5),
+    "timm_convnext": lambda: timm.create_model("test_convnext", num_classes=5),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in REAL.items()])
+@pytest.mark.parametrize("training", [True, False])
+def test_real_nets(toys, make, training):
+    torch.manual_seed(0)
+    backbone = make().double()
+    pristine = copy.deepcopy(backbone).train(training)
+    total = len(ElasticNet(copy.deepcopy(backbone), (3, 32, 32), depths=2).blocks)
+    net = ElasticNet(backbone, (3, 32, 32), depths=min(4, total + 1)).train(training)
+    truth = Separate(pristine, net, toys.by_hand)
+    images = torch.randn(3, 3, 32, 32).double()
+    gradients = torch.randn(len(net.depths), 3, 5).double()
+    logits = net.packed(images)
+    logits.backward(gradients)
+    expected, summed = truth.step(images, gradients)
+    close(logits, torch.stack(expected), "logits")
+    found = {(name, ()): p.grad for name, p in backbone.named_parameters()}
+    torch.testing.assert_close(found, summed, rtol=1e-8, atol=1e-8)
+    for depth, plain in zip(net.depths, truth.nets, strict=True):
+        close(list(net.extract(depth).buffers()), list(plain.buffers()), f"statistics of {depth}")
+
+
+def test_norm_with_parameters_of_its_own_activation(toys):
+    """As in timm, whose norms carry the activation along."""
+    backbone = toys.build(stages=[(3, False)])
+    for name in ("stages.0.1.norm", "last_norm"):
+        norm = timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU, act_kwargs={"init": 0.3})
+        backbone.set_submodule(name, norm.double())
+    net = ElasticNet(backbone, SHAPE, depths=3)
+    assert len(list(net.parameters())) == len(list(backbone.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_without_running_statistics(toys, training):
+    backbone = toys.build()
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = nn.BatchNorm2d(module.num_features, track_running_stats=False)
+            backbone.set_submodule(name, norm.double())
+    pristine = copy.deepcopy(backbone).train(training)
+    net = ElasticNet(backbone, SHAPE, depths=4).train(training)
+    images = torch.randn(3, 3, 8, 8).double()
+    expected = [toys.by_hand(pristine, net, depth)(images) for depth in net.depths]
+    close(net.packed(images), torch.stack(expected))
+
+
+# What runs
+
+
+@given(case=cases(kinds=["residual", "transformer"]))
+@settings(max_examples=20, deadline=None)
+def test_what_depths_have_in_common_runs_once(toys, case):
+    backbone = toys.build(case.kind, case.stages, case.norm)
+    net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy)
+    rows, images = {}, torch.randn(2, 3, 8, 8).double()
+
+    def count(name):
+        def hook(module, args):
+            assert name not in rows, f"{name} runs twice"
+            rows[name] = len(args[0])
+
+        return hook
+
+    inner = "conv" if case.kind == "residual" else "qkv"
+    for block in net.blocks:
+        layer = backbone.get_submodule(f"{block.name}.{inner}")
+        layer.register_forward_pre_hook(count(block.name))
+    backbone.head.register_forward_pre_hook(count("head"))
+    net.packed(images)
+    expected = {
+        block.name: 2 * len({depth.kept[:i] for depth in net.depths if depth.kept[i]})
+        for i, block in enumerate(net.blocks)
+    }
+    assert rows == {**expected, "head": 2 * len(net.depths)}
+
+
+@given(
+    stages=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    policy=st.sampled_from(POLICIES),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
+    depths = derive_depths(stages, data.draw(depth_sets(stages), label="depths"), policy)
+    plan = Plan.of(depths)
+    for begun in range(sum(stages) + 1):
+        prefixes = [depth.kept[:begun] for depth in depths]
+        first = tuple(prefixes.index(prefix) for prefix in dict.fromkeys(prefixes))
+        assert plan.streams(begun, None) == first
+        if begun < sum(stages):
+            runs = [depth.kept[begun] for depth in depths]
+            inside = tuple(i for i in first if runs[i])
+            assert plan.streams(begun + 1, begun) == inside
+
+
+# Precision and compilation
+
+
+@pytest.fixture
+def float_net(toys):
+    """A net in float32 and the plain net of each of its depths."""
+    backbone = toys.build(stages=[(3, False), (2, True)]).float()
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=4)
+    return net, nn.ModuleList(toys.by_hand(pristine, net, depth) for depth in net.depths)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(float_net, training):
+    net, plain = (each.train(training) for each in float_net)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net.packed(images)
+        expected = torch.stack([each(images) for each in plain])
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, expected, rtol=0.03, atol=0.03)
+    logits.float().square().mean().backward()
+    expected.float().square().mean().backward()
+    for name, parameter in net.backbone.named_parameters():
+        others = [dict(each.named_parameters()).get(name) for each in plain]
+        summed = sum(other.grad for other in others if other is not None)
+        difference = (parameter.grad - summed).norm() / summed.norm()
+        assert difference < 0.05, name
+
+
+def compiles(net, plain, backend):
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([each(images) for each in plain])
+    expected.square().mean().backward()
+    packed = torch.compile(net.packed, fullgraph=True, backend=backend)
+    logits = packed(images)
+    logits.square().mean().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name, parameter in net.backbone.named_parameters():
+        others = [dict(each.named_parameters()).get(name) for each in plain]
+        summed = sum(other.grad for other in others if other is not None)
+        torch.testing.assert_close(parameter.grad, summed, rtol=1e-3, atol=1e-4)
+    for depth, each in zip(net.depths, plain, strict=True):
+        found = list(net.extract(depth).buffers())
+        torch.testing.assert_close(found, list(each.buffers()), rtol=1e-4, atol=1e-4)
+
+    net.eval()
+    single = torch.compile(net, fullgraph=True, backend=backend)
+    for depth, each in zip(net.depths, plain.eval(), strict=True):
+        with net.at(depth):
+            torch.testing.assert_close(single(images), each(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed(images), torch.stack([each(images) for each in plain]))
+    torch.testing.assert_close(net(images), plain[0](images))  # no scope is left open
+
+
+def test_compiled_to_a_graph(float_net):
+    compiles(*float_net, backend="aot_eager")
+
+
+@pytest.mark.slow
+def test_compiled_to_code(float_net):
+    compiles(*float_net, backend="inductor")
