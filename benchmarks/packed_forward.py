@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
@@ -105,7 +106,8 @@ def peak_memory(args: argparse.Namespace, case: Case, method: str) -> int:
 
 def arithmetic(step: Callable[[], None]) -> int:
     """Floating-point operations of one step."""
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 

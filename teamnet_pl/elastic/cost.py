@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from teamnet_pl.elastic.net import ElasticNet
@@ -37,11 +38,16 @@ def cost(net: nn.Module, input_shape: Sequence[int]) -> Cost:
     parameter = next(net.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
     modes = {module: module.training for module in net.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     net.eval()
+    # The counter does not know fused attention.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             net(image)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes.items():
             module.training = mode
     # A multiply-accumulate is two operations.

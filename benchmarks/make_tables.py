@@ -1,0 +1,128 @@
+"""Writes the tables in README.md and docs/ from benchmarks/results/.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is
+written, and a table that is not up to date is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(result: dict[str, Any]) -> str:
+    """Where a table comes from."""
+    return f"\n\n`{result['command']}`, {result['date']}, {result['machine']}"
+
+
+def packed_forward(name: str) -> str:
+    """Speed and memory of the packed step."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    header = [
+        "net", "loop, ms", "packed, ms", "times as fast", "ceiling", "share of ceiling",
+        "blocks run, ratio", "peak memory, ratio",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{row['net']}, {row['size']}²",
+            f"{statistics.median(row['loop_ms']):.0f}",
+            f"{statistics.median(row['packed_ms']):.0f}",
+            f"**{row['speedup']:.2f}**",
+            f"{row['ceiling']:.2f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['blocks_ratio']:.2f}",
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(header, rows) + source(result)
+
+
+def accuracy(name: str) -> str:
+    """Accuracy of each method, mean and standard deviation over the seeds, by net and depth."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in result["rows"]:
+        found[row["method"], row["net"]][row["depth"] or row["net"]].append(100 * row["accuracy"])
+    names = {depth for own in found.values() for depth in own if depth[1:].isdigit()}
+    depths = sorted(names, key=lambda depth: -int(depth[1:]))
+    rows = []
+    for (method, net), own in found.items():
+        single = own.get("leader") or own.get("ensemble")
+        cells = [spread(own.get(depth)) for depth in depths]
+        rows.append([method, net, *((spread(single), *cells[1:]) if single else cells)])
+    return markdown(["method", "net", *depths], rows) + source(result)
+
+
+def spread(values: list[float] | None) -> str:
+    """Mean and standard deviation, in per cent."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def per_depth(name: str) -> str:
+    """What one run reports, from its per_depth.json."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: -row["macs"]):
+        stages = "-".join(map(str, row["blocks_per_stage"] or []))
+        line = (row["depth"] or row["net"], stages, f"{row['macs']:,}", f"{row['parameters']:,}")
+        lines.setdefault(line, {})[row["net"]] = f"{row['accuracy']:.1%}"
+    header = ["depth", "blocks per stage", "MACs", "parameters", "Teammate A", "Teammate B"]
+    body = []
+    for line, cells in lines.items():
+        own = [cells.get("a", ""), cells.get("b", "")]
+        body.append([*line, *(own if any(own) else [*cells.values(), ""])])
+    return markdown(header, body)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "packed_forward": packed_forward,
+    "accuracy_fashion_mnist": accuracy,
+    "accuracy_policies": accuracy,
+    "digits": per_depth,
+}
+
+
+def main() -> None:
+    """Rewrites the tables, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text()
+        new = re.sub(
+            r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+            lambda m: f"{m[1]}{TABLES[m[2]](m[2])}\n{m[3]}",
+            old,
+            flags=re.DOTALL,
+        )
+        if new != old:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(new)
+    if args.check and stale:
+        sys.exit(f"Tables not up to date in {', '.join(stale)}: run {sys.argv[0]}.")
+
+
+if __name__ == "__main__":
+    main()
