@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from teamnet_pl.callbacks.depth_report import HEADER, Row, report_lines
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -80,18 +82,8 @@ def spread(values: list[float] | None) -> str:
 
 def per_depth(name: str) -> str:
     """What one run reports, from its per_depth.json."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text())
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: -row["macs"]):
-        stages = "-".join(map(str, row["blocks_per_stage"] or []))
-        line = (row["depth"] or row["net"], stages, f"{row['macs']:,}", f"{row['parameters']:,}")
-        lines.setdefault(line, {})[row["net"]] = f"{row['accuracy']:.1%}"
-    header = ["depth", "blocks per stage", "MACs", "parameters", "Teammate A", "Teammate B"]
-    body = []
-    for line, cells in lines.items():
-        own = [cells.get("a", ""), cells.get("b", "")]
-        body.append([*line, *(own if any(own) else [*cells.values(), ""])])
-    return markdown(header, body)
+    rows = [Row(**row) for row in json.loads((RESULTS / f"{name}.json").read_text())]
+    return markdown(HEADER, report_lines(rows))
 
 
 TABLES: dict[str, Callable[[str], str]] = {

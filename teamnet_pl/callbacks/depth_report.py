@@ -138,22 +138,28 @@ def report_rows(team: Team, split: Stage, metrics: dict[str, float]) -> list[Row
     return rows
 
 
-def report_table(rows: Sequence[Row]) -> Table:
-    """Lays rows out as a table to print with rich, a depth that both Teammates have in one line."""
-    table = Table(
-        "depth", "blocks per stage", "MACs", "parameters", "accuracy A", "accuracy B",
-        title=f"Accuracy per depth, {rows[0].split} split",
-    )  # fmt: skip
+HEADER = ("depth", "blocks per stage", "MACs", "parameters", "accuracy A", "accuracy B")
+
+
+def report_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Lays rows out for a table with `HEADER`, a depth that both Teammates have in one line."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in sorted(rows, key=lambda row: -row.macs):
-        stages = "" if row.blocks_per_stage is None else "-".join(map(str, row.blocks_per_stage))
-        name = row.depth or row.net
-        line: tuple[str, ...] = (name, stages, f"{row.macs:,}", f"{row.parameters:,}")
+        stages = "-".join(map(str, row.blocks_per_stage or ()))
+        line = (row.depth or row.net, stages, f"{row.macs:,}", f"{row.parameters:,}")
         lines.setdefault(line, {})[row.net] = f"{row.accuracy:.2%}"
-    for line, accuracy in lines.items():
-        own = [accuracy.get("a", ""), accuracy.get("b", "")]
-        # Leader and averaged prediction belong to neither column.
-        table.add_row(*line, *(own if any(own) else [*accuracy.values(), ""]))
+    # Leader and averaged prediction belong to neither Teammate.
+    return [
+        (*line, own.get("a", "") or own.get("leader", own.get("ensemble", "")), own.get("b", ""))
+        for line, own in lines.items()
+    ]
+
+
+def report_table(rows: Sequence[Row]) -> Table:
+    """Lays rows out as a table to print with rich."""
+    table = Table(*HEADER, title=f"Accuracy per depth, {rows[0].split} split")
+    for line in report_lines(rows):
+        table.add_row(*line)
     return table
 
 
