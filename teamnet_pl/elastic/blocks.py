@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from teamnet_pl.elastic.evaluation import example_images
+
 SAMPLE_MIXING_NORMS = (nn.modules.batchnorm._BatchNorm,)
 """Layers that normalise over the batch: batch norm of any dimension, synchronised or not."""
 
@@ -94,8 +96,8 @@ def trace(
                 "is the backbone elastic already? Pass a copy that is not."
             )
     probe = copy.deepcopy(backbone).eval()
-    images = _example(probe, input_shape)
-    calls = _run(probe, images, input_shape)
+    images = example_images(probe, 2, input_shape)
+    calls = _run(probe, images)
     names = [call.name for call in calls]
     skippable = [call for call in calls if call.shape is not None and names.count(call.name) == 1]
     if patterns is None:
@@ -108,26 +110,19 @@ def trace(
                 "with residual connections."
             )
     else:
-        found = _matching(skippable, patterns, backbone)
+        found = _matching(calls, skippable, patterns, backbone)
     blocks: list[Block] = []
     last: tuple[str, torch.Size | None] | None = None
     for call in found:
         stage = (call.name.rpartition(".")[0], call.shape)
         blocks.append(Block(call.name, blocks[-1].stage + (stage != last) if blocks else 0))
         last = stage
-    _refuse_mixing(probe, images)
-    return Trace(tuple(blocks), _norms(probe, images, [block.name for block in blocks]))
+    norms = _norms(probe, images, [block.name for block in blocks])
+    _refuse_mixing(probe, images, blocks)
+    return Trace(tuple(blocks), norms)
 
 
-def _example(probe: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    parameter = next(probe.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *input_shape, generator=generator)
-    return images.to(parameter.device, parameter.dtype)
-
-
-@torch.no_grad()
-def _run(probe: nn.Module, images: Tensor, input_shape: Sequence[int]) -> list[_Call]:
+def _run(probe: nn.Module, images: Tensor) -> list[_Call]:
     """Runs the probe and returns its sub-modules' calls in the order in which they began."""
     calls: list[_Call] = []
     begun: list[_Call] = []
@@ -149,18 +144,25 @@ def _run(probe: nn.Module, images: Tensor, input_shape: Sequence[int]) -> list[_
         same_shape = (
             isinstance(output, Tensor)
             and len(tensors) == 1
+            and args
+            and args[0] is tensors[0]
             and call.version == tensors[0]._version  # a skipped block must leave its input alone
             and output.shape == tensors[0].shape
         )
         if not same_shape or next(module.parameters(), None) is None:
             return
         call.shape = output.shape
+        if next(module.children(), None) is None:
+            return  # a layer is no block: a PReLU too hands its input on when its weights are zero
         testing = True
         state = (*module.named_parameters(), *module.named_buffers())
         zeros = {
             name: torch.zeros_like(value) for name, value in state if value.is_floating_point()
         }
-        call.residual = torch.equal(functional_call(module, zeros, args, kwargs), args[0])
+        # Not the features seen, which may be all zero; not negative, for a ReLU after the sum.
+        features = torch.rand_like(args[0])
+        output = functional_call(module, zeros, (features.clone(), *args[1:]), kwargs)
+        call.residual = torch.equal(output, features)
         testing = False
 
     with _hooks() as handles:
@@ -168,19 +170,28 @@ def _run(probe: nn.Module, images: Tensor, input_shape: Sequence[int]) -> list[_
             if module is not probe:
                 handles.append(module.register_forward_pre_hook(partial(begin, name)))
                 handles.append(module.register_forward_hook(end, with_kwargs=True))
+        _forward(probe, images)
+    return calls
+
+
+@torch.no_grad()
+def _forward(probe: nn.Module, images: Tensor) -> None:
+    """Runs the probe, with the same random draws each time and none that the caller would miss."""
+    name, mode = type(probe).__name__, "training" if probe.training else "evaluation"
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        torch.manual_seed(0)
         try:
             output = probe(images)
         except Exception as error:
             raise ValueError(
-                f"{type(probe).__name__} fails on images of shape {tuple(input_shape)}: {error}"
+                f"{name} fails on images of shape {tuple(images.shape[1:])} in {mode}: {error}"
             ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"{type(probe).__name__} must return logits of shape (N, classes); for N={len(images)} "
-            f"it returned {what}."
+            f"{name} must return logits of shape (N, classes); for N={len(images)} it returned "
+            f"{what} in {mode}."
         )
-    return calls
 
 
 @contextmanager
@@ -193,50 +204,65 @@ def _hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _matching(skippable: list[_Call], patterns: Sequence[str], backbone: nn.Module) -> list[_Call]:
-    names = [call.name for call in skippable]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+def _matching(
+    calls: list[_Call], skippable: list[_Call], patterns: Sequence[str], backbone: nn.Module
+) -> list[_Call]:
+    """Of all that a pattern matches the outermost are meant: `layer3.*` also matches inside."""
+    matches = {
+        pattern: {call.name for call in calls if fnmatchcase(call.name, pattern)}
+        for pattern in patterns
+    }
+    every = set().union(*matches.values())
+    outermost = {name for name in every if not any(name.startswith(f"{o}.") for o in every)}
+    found = [call for call in skippable if call.name in outermost]
+    for pattern, matched in matches.items():
+        if not any(call.name in matched for call in found):
+            names = ", ".join(call.name for call in skippable)
             raise ValueError(
                 f"No block of {type(backbone).__name__} that keeps its input's shape matches "
-                f"{pattern!r}. There are: {', '.join(names) or 'none'}."
+                f"{pattern!r}. There are: {names or 'none'}."
             )
-    found = [c for c in skippable if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
-    # `layer3.*` also matches what is inside of layer3.0: the outermost match is the one meant.
-    return [a for a in found if not any(a.name.startswith(f"{b.name}.") for b in found)]
+    return found
 
 
-@torch.no_grad()
-def _refuse_mixing(probe: nn.Module, images: Tensor) -> None:
-    """Compares the first image's features beside two different second images."""
+def _refuse_mixing(probe: nn.Module, images: Tensor, blocks: Sequence[Block]) -> None:
+    """Compares what becomes of the first image beside two different second images."""
     probe.train()
     for module in probe.modules():
         if isinstance(module, SAMPLE_MIXING_NORMS):
             module.eval()
-    other = torch.stack([images[0], -images[1]])
+            if module.running_mean is None:  # or it would mix in evaluation too
+                module.running_mean = torch.zeros(module.num_features).to(images)
+                module.running_var = torch.ones(module.num_features).to(images)
     features: list[tuple[str, Tensor]] = []
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and len(output) == len(images):
-            features.append((f"{name} ({type(module).__name__})", output[0].clone()))
+        if isinstance(output, Tensor) and output.ndim and len(output) % len(images) == 0:
+            features.append((name, output[: len(output) // len(images)].clone()))
 
     with _hooks() as handles:
         for name, module in probe.named_modules():
             handles.append(module.register_forward_hook(partial(record, name)))
-        for batch in (images, other):
-            with torch.random.fork_rng([images.device] if images.is_cuda else []):
-                torch.manual_seed(0)
-                probe(batch)
+        _forward(probe, images)
+        _forward(probe, torch.stack([images[0], -images[1]]))
     half = len(features) // 2
-    for (name, one), (_, two) in zip(features[:half], features[half:], strict=True):
-        if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
+    pairs = zip(features[:half], features[half:], strict=True)
+    same = {name: torch.allclose(a, b, rtol=1e-4, atol=1e-5) for (name, a), (_, b) in pairs}
+    if not same[""]:
+        name = next(name for name, is_same in same.items() if not is_same)
+        kind = type(probe.get_submodule(name)).__name__
+        raise ValueError(
+            f"{name or 'The backbone'} ({kind}) mixes the samples of a batch, so depths cannot "
+            "share a forward pass. Of such layers only batch norm is supported; replace this one."
+        )
+    for block in blocks:
+        if not same.get(block.name, False):
             raise ValueError(
-                f"{name} mixes the samples of a batch, so depths cannot share a forward pass. Of "
-                "such layers only batch norm is supported; replace this one."
+                f"The first axis of what {block.name} returns is not the batch, so depths cannot "
+                "share a forward pass. Use a batch-first net."
             )
 
 
-@torch.no_grad()
 def _norms(
     probe: nn.Module, images: Tensor, blocks: list[str]
 ) -> dict[str, tuple[int, int | None]]:
@@ -264,7 +290,7 @@ def _norms(
         for name, module in modules.items():
             if isinstance(module, SAMPLE_MIXING_NORMS):
                 handles.append(module.register_forward_pre_hook(partial(begin_norm, name)))
-        probe(images)
+        _forward(probe, images)
     if order != blocks:
         raise ValueError(
             f"In training {type(probe).__name__} runs its blocks as {order}, in evaluation as "

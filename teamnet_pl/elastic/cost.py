@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.net import ElasticNet
 
 
@@ -35,21 +36,16 @@ def cost(net: nn.Module, input_shape: Sequence[int]) -> Cost:
         net: Takes images ``(1, *input_shape)``. An elastic net is measured at the depth it is at.
         input_shape: Shape of one image, ``(channels, height, width)``.
     """
-    parameter = next(net.parameters())
-    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    modes = {module: module.training for module in net.modules()}
+    image = example_images(net, 1, input_shape)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    net.eval()
     # The counter does not know fused attention.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         counter = FlopCounterMode(display=False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with evaluation(net), sdpa_kernel(SDPBackend.MATH), counter:
             net(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes.items():
-            module.training = mode
     # A multiply-accumulate is two operations.
     return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in net.parameters()))
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from teamnet_pl.elastic.evaluation import evaluation
 
 
 def drop_block(net: nn.Module, name: str) -> None:
     """Takes one block out of a net, in place, as if the net had been built without it.
 
-    In a `torch.nn.Sequential` the blocks behind it move up and take over its number, so the names
-    are those of a shallower net. Any other parent calls its blocks in a way of its own: there an
-    identity takes the block's place.
+    In a `torch.nn.Sequential` or `torch.nn.ModuleList` the blocks behind it move up and take over
+    its number, so the names are those of a shallower net. In any other parent an identity takes its
+    place.
 
     Args:
         net: The net.
@@ -21,9 +26,10 @@ def drop_block(net: nn.Module, name: str) -> None:
     Raises:
         AttributeError: If there is no such block.
     """
+    net.get_submodule(name)
     parent_name, _, key = name.rpartition(".")
     parent = net.get_submodule(parent_name)
-    if type(parent).forward is not nn.Sequential.forward:
+    if not isinstance(parent, nn.Sequential | nn.ModuleList):
         setattr(parent, key, nn.Identity())
         return
     keys = list(parent._modules)
@@ -32,3 +38,41 @@ def drop_block(net: nn.Module, name: str) -> None:
     names = keys[:-1] if numbered else [other for other in keys if other != key]
     parent._modules.clear()
     parent._modules.update(zip(names, modules, strict=True))
+
+
+def without_blocks(
+    net: nn.Module, names: Sequence[str], images: Tensor, logits: Tensor
+) -> nn.Module:
+    """Takes blocks out of a copy of a net.
+
+    Where the net counts on the positions of its blocks, identities take their places.
+
+    Args:
+        net: The net.
+        names: Names of the blocks, in the order in which they run.
+        images: A batch to try the result on.
+        logits: What the net must return for it without those blocks, in evaluation mode.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If the net cannot do without the blocks.
+    """
+    problem = "its outputs differ from those of the elastic net"
+    for moves_up in (True, False):
+        plain = copy.deepcopy(net)
+        for name in reversed(names):  # so that the names of the others still hold
+            if moves_up:
+                drop_block(plain, name)
+            else:
+                plain.set_submodule(name, nn.Identity())
+        try:
+            with evaluation(plain):
+                found = plain(images)
+        except Exception as error:
+            problem = f"it fails: {error}"
+            continue
+        if torch.allclose(found, logits, rtol=1e-3, atol=1e-5):
+            return plain
+    raise ValueError(f"{type(net).__name__} cannot do without {', '.join(names)}: {problem}.")

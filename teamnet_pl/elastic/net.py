@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from teamnet_pl.elastic.blocks import trace
 from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths
-from teamnet_pl.elastic.extraction import drop_block
+from teamnet_pl.elastic.evaluation import evaluation, example_images
+from teamnet_pl.elastic.extraction import without_blocks
 from teamnet_pl.elastic.streams import PerStreamForward, Plan, Selection, SkippableForward
 
 DepthLike: TypeAlias = Depth | str | int
@@ -79,6 +80,7 @@ class ElasticNet(nn.Module):
         super().__init__()
         found = trace(backbone, input_shape, blocks)
         self.backbone = backbone
+        self.input_shape = tuple(input_shape)
         self.blocks = found.blocks
         self.stages = found.stages
         self.depths = derive_depths(found.stages, depths, policy, interleaved)
@@ -100,8 +102,9 @@ class ElasticNet(nn.Module):
                 continue
             if not per_depth_affine:
                 for each in copies:
-                    # The dict itself, so that the weights stay shared whatever replaces them.
-                    each._parameters = norm._parameters
+                    for mine, shared in zip(each.modules(), norm.modules(), strict=True):
+                        # The dict itself: weights stay shared whatever replaces them.
+                        mine._parameters = shared._parameters
             runs = [inside is None or depth.kept[inside] for depth in self.depths]
             stream_at = (sum(start <= i for start in streams) - 1 for i in range(sum(runs)))
             # Module names cannot hold dots.
@@ -201,7 +204,7 @@ class ElasticNet(nn.Module):
             depth's batch norm statistics. Nothing in it refers to this package.
 
         Raises:
-            ValueError: If the net has no such depth.
+            ValueError: If the net has no such depth, or cannot do without the blocks.
         """
         index = self._index(depth)
         # The forwards are left out of the copy by giving them one already.
@@ -213,8 +216,8 @@ class ElasticNet(nn.Module):
                 stream = own.stream_at[index]
                 if stream:
                     module.load_state_dict(own.copies[stream - 1].state_dict())
-        # The last first, so that the names of the others still hold.
-        for block, kept in reversed(list(zip(self.blocks, self.depths[index].kept, strict=True))):
-            if not kept:
-                drop_block(plain, block.name)
-        return plain
+        flags = zip(self.blocks, self.depths[index].kept, strict=True)
+        images = example_images(self, 2, self.input_shape)
+        with self.at(depth), evaluation(self):
+            logits = self(images)
+        return without_blocks(plain, [b.name for b, kept in flags if not kept], images, logits)
