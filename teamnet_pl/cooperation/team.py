@@ -58,9 +58,8 @@ class Team(LightningModule):
     """Trains a Leader and Teammates together, each Teammate at all of its depths.
 
     Members are named ``leader``, ``a/d7`` (Teammate a at depth d7) and so on. Each step runs the
-    Leader once and each Teammate once, packed. The loss is the Leader's label loss plus, for each
-    Teammate, the mean over its depths of the label loss and of the transfers into that depth. One
-    optimiser takes one step on the sum.
+    Leader once and each Teammate once, packed. The loss is the sum of every member's label loss and
+    of every transfer, weighted. One optimiser takes one step on it.
 
     Args:
         num_classes: Number of classes.
@@ -225,16 +224,10 @@ class Team(LightningModule):
         Returns:
             The loss, a scalar.
         """
-        total = terms.get("ce/leader", torch.zeros((), device=self.device))
-        for name, net in self.elastic_nets.items():
-            own = [terms[f"ce/{name}/{depth}"] for depth in net.depths]
-            own += [
-                ramp * transfer.weight * terms[f"kd/{transfer}"]
-                for transfer in self.transfers
-                if transfer.student.startswith(f"{name}/")
-            ]
-            total = total + torch.stack(own).sum() / len(net.depths)
-        return total
+        label = [term for name, term in terms.items() if name.startswith("ce/")]
+        distilled = [transfer.weight * terms[f"kd/{transfer}"] for transfer in self.transfers]
+        total = torch.stack(label).sum()
+        return total + ramp * torch.stack(distilled).sum() if distilled else total
 
     def _ramp(self) -> float:
         steps = self.cooperation.ramp * self.trainer.estimated_stepping_batches
