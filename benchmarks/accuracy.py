@@ -1,8 +1,8 @@
 """Accuracy per depth: a team, its ablations, and each depth trained alone, over several seeds.
 
 All methods train on the same images with the same epochs, augmentation, optimiser and schedule.
-Methods are compared on the validation split, and `--split test` is for the methods that were
-chosen on it. Example::
+Each row has the accuracy on the validation split, which is for choosing (a method's learning rate,
+a default), and on the test split, which is for reporting. Example::
 
     python benchmarks/accuracy.py --methods team joint alone --seeds 0 1 2 --out accuracy.json
 """
@@ -92,9 +92,11 @@ class Alone(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.accuracy.update(self.net(batch[0]), batch[1])
-        self.log("accuracy", self.accuracy)
+        self.log("val/accuracy", self.accuracy)
 
-    test_step = validation_step
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.accuracy.update(self.net(batch[0]), batch[1])
+        self.log("test/accuracy", self.accuracy)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer.create(self)
@@ -114,7 +116,7 @@ def data_module(args: argparse.Namespace) -> LightningDataModule:
 
 
 def train(args: argparse.Namespace, module: LightningModule) -> dict[str, float]:
-    """Trains a module and returns its metrics on the split asked for."""
+    """Trains a module and returns its metrics on both splits."""
     data = data_module(args)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -129,10 +131,12 @@ def train(args: argparse.Namespace, module: LightningModule) -> dict[str, float]
             num_sanity_val_steps=0,
             check_val_every_n_epoch=args.epochs,
         )
+        found = {}
         trainer.fit(module, datamodule=data)
-        if args.split == "test":
-            trainer.test(module, datamodule=data, verbose=False)
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found.update(trainer.callback_metrics)
+        trainer.test(module, datamodule=data, verbose=False)
+        found.update(trainer.callback_metrics)
+        return {name: float(value) for name, value in found.items()}
 
 
 def run(args: argparse.Namespace, method: str, seed: int) -> list[dict[str, Any]]:
@@ -143,7 +147,8 @@ def run(args: argparse.Namespace, method: str, seed: int) -> list[dict[str, Any]
     seed_everything(seed, workers=True, verbose=False)
     data = data_module(args)
     classes, shape = data.num_classes, data.input_shape
-    optimizer, schedule = OptimizerConfig(lr=args.lr), ScheduleConfig()
+    lr = dict(args.method_lr).get(method, args.lr)
+    optimizer, schedule = OptimizerConfig(lr=lr), ScheduleConfig()
     if method == "alone":
         config = team(args)["a"]
         net = ElasticNet(create_backbone(config, classes, shape[0]), shape, depths=args.depths)
@@ -153,18 +158,26 @@ def run(args: argparse.Namespace, method: str, seed: int) -> list[dict[str, Any]
             backbone = create_backbone(config, classes, shape[0])
             plain = ElasticNet(backbone, shape, depths=args.depths).extract(depth)
             found = train(args, Alone(plain, optimizer, schedule, classes))
-            macs = cost(plain, shape).macs
-            row = {"net": "alone", "depth": depth.name, "macs": macs, "accuracy": found["accuracy"]}
-            rows.append(row)
+            row = {"net": "alone", "depth": depth.name, "macs": cost(plain, shape).macs}
+            rows.append(row | {split: found[f"{split}/accuracy"] for split in ("val", "test")})
     else:
         arguments = team(args, **METHODS[method])
         module = Team(classes, shape, optimizer=optimizer, schedule=schedule, **arguments)
         found = train(args, module)
+        both = zip(
+            report_rows(module, "val", found), report_rows(module, "test", found), strict=True
+        )
         rows = [
-            {"net": r.net, "depth": r.depth, "macs": r.macs, "accuracy": r.accuracy}
-            for r in report_rows(module, args.split, found)
+            {"net": v.net, "depth": v.depth, "macs": v.macs, "val": v.accuracy, "test": t.accuracy}
+            for v, t in both
         ]
-    return [{"method": method, "seed": seed, **row} for row in rows]
+    return [{"method": method, "seed": seed, "lr": lr, **row} for row in rows]
+
+
+def method_lr(text: str) -> tuple[str, float]:
+    """Reads ``METHOD=LR``."""
+    method, _, lr = text.partition("=")
+    return method, float(lr)
 
 
 def main() -> None:
@@ -176,12 +189,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--method-lr", nargs="+", type=method_lr, default=[], metavar="METHOD=LR")
     parser.add_argument("--backbone", default="cifar/resnet20")
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--depths", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, "alone"), default=["team"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--out", required=True)

@@ -61,7 +61,7 @@ def accuracy(name: str) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in result["rows"]:
-        found[row["method"], row["net"]][row["depth"] or row["net"]].append(100 * row["accuracy"])
+        found[row["method"], row["net"]][row["depth"] or row["net"]].append(100 * row["test"])
     names = {depth for own in found.values() for depth in own if depth[1:].isdigit()}
     depths = sorted(names, key=lambda depth: -int(depth[1:]))
     rows = []
