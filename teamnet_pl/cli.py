@@ -121,24 +121,29 @@ class TeamCLI(LightningCLI):
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:
-    """Puts the config of a named checkpoint in front of all other options."""
+    """Puts the config of a named checkpoint in front of the subcommand's other options."""
     for index, argument in enumerate(args):
         name, equals, value = argument.partition("=")
-        if name != "--ckpt_path":
-            continue
-        path = Path(value if equals else "".join(args[index + 1 : index + 2]))
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no checkpoint {path}.")
-        try:
-            # Only tensors and plain values: nothing in the file is run.
-            checkpoint = torch.load(path, map_location="meta", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{path} is no checkpoint: it does not load as tensors and plain values."
-            ) from error
-        if _CONFIG_KEY in checkpoint:
-            return [args[0], "--config", checkpoint[_CONFIG_KEY], *args[1:]]
-    return args
+        if name == "--ckpt_path":
+            path = Path(value if equals else "".join(args[index + 1 : index + 2]))
+            break
+    else:
+        return args
+    if str(path) in ("best", "last", "hpc"):  # which Lightning looks for
+        return args
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        # Only tensors and plain values: nothing in the file is run.
+        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint: it does not load as tensors and plain values."
+        ) from error
+    if _CONFIG_KEY not in checkpoint:
+        return args
+    first = 1 + next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)
+    return [*args[:first], "--config", checkpoint[_CONFIG_KEY], *args[first:]]
 
 
 def main(args: ArgsType = None) -> None:
