@@ -231,7 +231,8 @@ class Team(LightningModule):
 
     def _ramp(self) -> float:
         steps = self.cooperation.ramp * self.trainer.estimated_stepping_batches
-        return min(1.0, (self.global_step + 1) / steps) if steps else 1.0
+        # Nothing to grow over without a ramp, or in a training without an end.
+        return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One step of all members on one batch of images and labels."""

@@ -107,6 +107,8 @@ def build(kind: str = "residual", stages=((2, False), (2, True)), norm: str = "b
             block = {"residual": Residual, "preactivation": PreActivation}[kind]
             net = TinyResNet(block, stages, norm)
         for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data /= 2  # so that nothing explodes with the number of blocks
             if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)

@@ -33,6 +33,17 @@ NETS = {
         "SwinTransformerBlock",
         [2, 2, 6, 2],
     ),
+    "resnet18_zero_init": (
+        lambda: tv.resnet18(zero_init_residual=True),
+        "BasicBlock",
+        [2, 1, 1, 1],
+    ),
+    # Of its own accord zero-initialised, with more layers behind the zeros.
+    "timm_seresnet18": (
+        lambda: timm.create_model("seresnet18"),
+        "BasicBlock",
+        [2, 1, 1, 1],
+    ),
     "timm_vit_tiny": (
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=32),
         "Block",
@@ -237,7 +248,6 @@ def test_backbone_that_mixes_samples_itself():
         nn.InstanceNorm2d(4),
         nn.BatchNorm2d(4),
         nn.SyncBatchNorm(4),
-        nn.BatchNorm2d(4, track_running_stats=False),
         Lambda(lambda x: x / x.flatten(1).norm(dim=1)[:, None, None, None]),
     ],
     ids=lambda layer: str(layer),
@@ -331,6 +341,16 @@ def test_layer_that_works_in_place_on_its_own_output_is_fine():
     block = Add()
     block.conv = nn.Sequential(block.conv, nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     assert skippable(Around(blocks=[block]), (3, 8, 8)) == ["blocks.0"]
+
+
+@pytest.mark.parametrize("stem", [nn.Identity(), nn.ReLU()])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_activation_with_parameters_is_not_a_block(stem, zeros):
+    block = Add()
+    block.conv = nn.Sequential(block.conv, nn.BatchNorm2d(4), nn.PReLU(), nn.Conv2d(4, 4, 1))
+    if zeros:
+        nn.init.zeros_(block.conv[1].weight)
+    assert skippable(Around(stem, blocks=[block, Add()]), (3, 8, 8)) == ["blocks.0", "blocks.1"]
 
 
 # The backbone stays as it is

@@ -17,7 +17,7 @@ from teamnet_pl.elastic.streams import Plan
 
 SHAPE = (3, 8, 8)
 POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
-RATE = 0.05
+RATE = 0.01
 
 
 def close(actual, expected, what=""):
@@ -161,7 +161,7 @@ sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
 
 
 @given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_packed_is_one_forward_for_each_depth(toys, case, training, batch, size):
     net, pristine = hold_against_the_truth(toys, case, training, batch, size)
     assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
@@ -173,7 +173,7 @@ def test_packed_is_one_forward_for_each_depth(toys, case, training, batch, size)
 
 
 @given(case=cases(kinds=["residual", "preactivation"], norms=["batch"]), training=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_packed_with_affine_weights_per_depth(toys, case, training):
     net, pristine = hold_against_the_truth(
         toys, case, training, batch=3, size=(9, 11), per_depth_affine=True
@@ -183,7 +183,7 @@ def test_packed_with_affine_weights_per_depth(toys, case, training):
 
 
 @given(case=cases(), training=st.booleans(), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_one_depth_is_a_plain_net(toys, case, training, data):
     backbone = toys.build(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
@@ -234,21 +234,17 @@ def test_single_pixel_and_single_image_fails_as_in_a_plain_net(toys):
 # Real nets
 
 
-def tiny_vit():
-    return tv.VisionTransformer(32, 16, 3, 2, 16, 32, num_classes=5)
-
-
 REAL = {
     "torchvision_resnet": lambda: tv.ResNet(tv.resnet.BasicBlock, [2, 2, 1, 1], num_classes=5),
     "torchvision_resnext": lambda: tv.ResNet(
         tv.resnet.Bottleneck, [2, 2, 1, 1], num_classes=5, groups=4, width_per_group=2
     ),
-    "torchvision_vit": tiny_vit,
+    "torchvision_vit": lambda: tv.VisionTransformer(32, 16, 3, 2, 16, 32, num_classes=5),
     "torchvision_swin": lambda: tv.SwinTransformer(
         [4, 4], 8, [2, 2], [1, 2], [7, 7], stochastic_depth_prob=0.0, num_classes=5
     ),
-    "timm_efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
-    "timm_byobnet": lambda: timm.create_model("test_byobnet", num_classes=5),
+    "timm_mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
+    "timm_vit": lambda: timm.create_model("test_vit", num_classes=5, img_size=32),
     "timm_convnext": lambda: timm.create_model("test_convnext", num_classes=5),
 }
 
@@ -355,7 +351,7 @@ def float_net(toys):
     """A net in float32 and the plain net of each of its depths."""
     backbone = toys.build(stages=[(3, False), (2, True)]).float()
     pristine = copy.deepcopy(backbone)
-    net = ElasticNet(backbone, SHAPE, depths=4)
+    net = ElasticNet(backbone, SHAPE, depths=3)
     return net, nn.ModuleList(toys.by_hand(pristine, net, depth) for depth in net.depths)
 
 
@@ -370,11 +366,16 @@ def test_autocast(float_net, training):
     torch.testing.assert_close(logits, expected, rtol=0.03, atol=0.03)
     logits.float().square().mean().backward()
     expected.float().square().mean().backward()
-    for name, parameter in net.backbone.named_parameters():
-        others = [dict(each.named_parameters()).get(name) for each in plain]
-        summed = sum(other.grad for other in others if other is not None)
-        difference = (parameter.grad - summed).norm() / summed.norm()
-        assert difference < 0.05, name
+    found, summed = (torch.cat([g.flatten() for g in each]) for each in gradients(net, plain))
+    assert (found - summed).norm() < 0.05 * summed.norm()
+
+
+def gradients(net, plain):
+    """Of the net, and of the plain nets together."""
+    by_name = [dict(each.named_parameters()) for each in plain]
+    names = [name for name, _ in net.backbone.named_parameters()]
+    summed = [sum(each[name].grad for each in by_name if name in each) for name in names]
+    return [parameter.grad for parameter in net.backbone.parameters()], summed
 
 
 def compiles(net, plain, backend):
@@ -385,10 +386,7 @@ def compiles(net, plain, backend):
     logits = packed(images)
     logits.square().mean().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    for name, parameter in net.backbone.named_parameters():
-        others = [dict(each.named_parameters()).get(name) for each in plain]
-        summed = sum(other.grad for other in others if other is not None)
-        torch.testing.assert_close(parameter.grad, summed, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*gradients(net, plain), rtol=1e-3, atol=1e-4)
     for depth, each in zip(net.depths, plain, strict=True):
         found = list(net.extract(depth).buffers())
         torch.testing.assert_close(found, list(each.buffers()), rtol=1e-4, atol=1e-4)
