@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 import re
 import sys
 from collections.abc import Iterable
@@ -11,7 +10,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,10 +22,12 @@ from lightning.pytorch.cli import (
 
 from teamnet_pl import cooperation, data
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 
 _CONFIG_KEY = "teamnet_config"
+_FROM_DATA = ("num_classes", "input_shape")
 
 
 class CheckpointedConfig(SaveConfigCallback):
@@ -37,8 +37,10 @@ class CheckpointedConfig(SaveConfigCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the config to a checkpoint."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        checkpoint[_CONFIG_KEY] = yaml.safe_dump({key: config[key] for key in ("model", "data")})
+        data = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["data"]
+        hparams = pl_module.hparams.items()
+        model = {k: v for k, v in hparams if k not in _FROM_DATA and not k.startswith("_")}
+        checkpoint[_CONFIG_KEY] = yaml.safe_dump({"model": model, "data": data})
 
 
 class TeamArgumentParser(LightningArgumentParser):
@@ -90,7 +92,7 @@ class TeamCLI(LightningCLI):
             default=False,
             help="Whether fit ends with a test of the best checkpoint.",
         )
-        for name in ("num_classes", "input_shape"):
+        for name in _FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -131,15 +133,12 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
         return args
     if str(path) in ("best", "last", "hpc"):  # which Lightning looks for
         return args
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
-    try:
-        # Only tensors and plain values: nothing in the file is run.
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    checkpoint = load_checkpoint(path, map_location="meta")
+    if "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
-            f"{path} is no checkpoint: it does not load as tensors and plain values."
-        ) from error
+            f"{path} is no checkpoint of a training: it holds {', '.join(map(str, checkpoint))}. "
+            "Weights alone can start a member: --model.leader.checkpoint."
+        )
     if _CONFIG_KEY not in checkpoint:
         return args
     first = 1 + next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)

@@ -6,18 +6,18 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import timm
-import torch
 import torchvision
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import nn
 
 from teamnet_pl.backbones.cifar_resnet import CifarResNet
+from teamnet_pl.checkpoints import load_checkpoint
 
+_WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone")
 _CIFAR = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
@@ -41,6 +41,11 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     checkpoint_prefix: str = ""
+
+    def without_weights(self) -> BackboneConfig:
+        """The same backbone from scratch, for weights that come from elsewhere."""
+        options = {key: value for key, value in self.options.items() if key not in _WEIGHTS_OPTIONS}
+        return replace(self, options=options, checkpoint=None, checkpoint_prefix="")
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) -> nn.Module:
@@ -87,7 +92,8 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
         arguments[channels] = in_channels
     if not slash:
         accepted = inspect.signature(factory).parameters
-        arguments = {key: value for key, value in arguments.items() if key in accepted}
+        if not any(own.kind is own.VAR_KEYWORD for own in accepted.values()):
+            arguments = {key: value for key, value in arguments.items() if key in accepted}
     try:
         backbone = factory(**{**arguments, **config.options})
     except TypeError as error:
@@ -97,7 +103,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
     if library == "torchvision" and in_channels != 3:
         _adapt_channels(backbone, in_channels)
     if config.checkpoint is not None:
-        _load(backbone, config)
+        _load(backbone, config, config.checkpoint)
     return backbone
 
 
@@ -133,20 +139,17 @@ def _adapt_channels(backbone: nn.Module, in_channels: int) -> None:
     conv.in_channels = in_channels
 
 
-def _load(backbone: nn.Module, config: BackboneConfig) -> None:
-    path = Path(str(config.checkpoint))
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path} with weights for {config.name}.")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+def _load(backbone: nn.Module, config: BackboneConfig, path: str) -> None:
+    state = load_checkpoint(path)
     state = state.get("state_dict", state)
     prefix = config.checkpoint_prefix
-    weights: dict[str, Tensor] = {
+    weights = {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        top = sorted({name.partition(".")[0] for name in state})
+    except (AttributeError, RuntimeError) as error:
+        top = sorted({str(name).partition(".")[0] for name in state})
         raise ValueError(
             f"The weights in {path} do not fit {config.name} (prefix {prefix!r}; names in the file "
             f"begin with {', '.join(top)}): {error}"

@@ -37,6 +37,7 @@ class OptimizerConfig:
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
             raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
+        self.create(nn.Linear(1, 1))  # so that wrong arguments are found now
 
     def create(self, module: nn.Module) -> Optimizer:
         """Makes the optimiser of all parameters of a module that need a gradient.

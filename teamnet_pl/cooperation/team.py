@@ -105,14 +105,15 @@ class Team(LightningModule):
             raise ValueError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
         if num_classes < 2:
             raise ValueError(f"There must be at least 2 classes, found {num_classes}.")
-        # Plain values alone, so that a checkpoint loads without running pickled code.
+        # Plain values alone, so that a checkpoint loads without running pickled code; it brings
+        # all weights along, so what they started from is not needed again.
         self.save_hyperparameters(
             {
                 "num_classes": num_classes,
                 "input_shape": list(input_shape),
-                "leader": leader and asdict(leader),
-                "a": asdict(a),
-                "b": b and asdict(b),
+                "leader": leader and asdict(leader.without_weights()),
+                "a": asdict(a.without_weights()),
+                "b": b and asdict(b.without_weights()),
                 "cooperation": asdict(cooperation),
                 "optimizer": asdict(optimizer),
                 "schedule": asdict(schedule),
@@ -132,6 +133,7 @@ class Team(LightningModule):
         if leader is not None:
             self.leader = create_backbone(leader, num_classes, input_shape[0])
             self.leader.requires_grad_(not leader.frozen)
+            self.leader.train(not leader.frozen)
         self.teammates = nn.ModuleDict()
         for name, config in {"a": a, "b": b}.items():
             if config is not None:

@@ -22,7 +22,7 @@ NETS = {
     "resnet18": (tv.resnet18, "BasicBlock", [2, 1, 1, 1]),
     "resnet50": (tv.resnet50, "Bottleneck", [2, 3, 5, 2]),
     "efficientnet_b0": (tv.efficientnet_b0, "MBConv", [1, 1, 2, 2, 3]),
-    "mobilenet_v3_large": (tv.mobilenet_v3_large, "InvertedResidual", None),
+    "mobilenet_v3_large": (tv.mobilenet_v3_large, "InvertedResidual", [1, 1, 2, 3, 1, 2]),
     "vit_thin": (
         lambda: tv.VisionTransformer(32, 16, 12, 2, 16, 32),
         "EncoderBlock",
@@ -79,8 +79,7 @@ def test_known_nets(make, kind, stages):
         assert [block.name for block in found.blocks] == [
             name for name, module in net.named_modules() if getattr(module, "use_res_connect", 0)
         ]
-    if stages is not None:
-        assert found.stages == stages
+    assert found.stages == stages
 
 
 @pytest.mark.parametrize("kind", ["residual", "preactivation", "transformer"])
@@ -158,7 +157,8 @@ def test_wrong_pattern_lists_what_there_is(pattern):
 
 
 def test_input_that_the_backbone_rejects():
-    with pytest.raises(ValueError, match=r"ResNet fails on images of shape \(1, 32, 32\)"):
+    message = r"ResNet fails on images of shape \(1, 32, 32\) in evaluation: .* 3 channels"
+    with pytest.raises(ValueError, match=message):
         trace(resnet([1, 1, 1, 1]), (1, 32, 32))
 
 
@@ -213,6 +213,26 @@ def test_backbone_without_logits(after, returned):
         trace(Around(after=after), (3, 8, 8))
 
 
+class DiffersInTraining(Around):
+    def forward(self, x):
+        logits = super().forward(x)
+        return self.in_training(logits) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("in_training", "message"),
+    [
+        (lambda logits: (logits, logits), r"returned tuple in training"),  # with auxiliary heads
+        (lambda logits: logits.view(7, 7), r"fails on images of shape \(3, 8, 8\) in training"),
+    ],
+)
+def test_backbone_that_is_another_in_training(in_training, message):
+    net = DiffersInTraining()
+    net.in_training = in_training
+    with pytest.raises(ValueError, match=message):
+        trace(net, (3, 8, 8))
+
+
 class CenterOnBatch(nn.Module):
     """A layer that mixes the samples of a batch."""
 
@@ -232,6 +252,15 @@ def test_layer_that_mixes_samples(layer):
     block = Add()
     block.conv = nn.Sequential(block.conv, layer())
     with pytest.raises(ValueError, match=rf"blocks.1.conv.1 \({layer.__name__}\) mixes"):
+        trace(Around(blocks=[Add(), block]), (3, 8, 8))
+
+
+def test_layer_that_mixes_samples_where_it_does_not_show_yet():
+    """As where the last layer of a residual branch starts at zero."""
+    block, last = Add(), nn.Conv2d(4, 4, 1)
+    nn.init.zeros_(last.weight)
+    block.conv = nn.Sequential(block.conv, CenterOnBatch(), last)
+    with pytest.raises(ValueError, match=r"blocks.1.conv.1 \(CenterOnBatch\) mixes"):
         trace(Around(blocks=[Add(), block]), (3, 8, 8))
 
 
@@ -302,6 +331,86 @@ def test_batch_axis_that_is_not_the_first(width):
     """The streams lie along the first axis."""
     with pytest.raises(ValueError, match="batch"):
         trace(SequenceFirst(8), (3, 8, width))
+
+
+class Folded(Around):
+    """Quarters of the images in the batch axis, those of one image together, or not."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.together = together
+
+    def forward(self, x):
+        n = len(x)
+        x = self.stem(x).unflatten(2, (4, 2))  # N, C, 4, H / 4, W
+        x = x.transpose(1, 2) if self.together else x.permute(2, 0, 1, 3, 4)
+        x = x.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        x = x.view(n, -1) if self.together else x.view(4, n, -1).transpose(0, 1).flatten(1)
+        return self.head(x)
+
+
+def test_images_that_are_folded_into_the_batch(toys):
+    net = ElasticNet(Folded(together=True), (3, 8, 8), depths=3)
+    images = torch.randn(3, 3, 8, 8)
+    expected = [toys.by_hand(Folded(together=True), net, depth) for depth in net.depths]
+    for plain in expected:
+        plain.load_state_dict(net.backbone.state_dict(), strict=False)
+    torch.testing.assert_close(net.packed(images), torch.stack([e(images) for e in expected]))
+    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
+        trace(Folded(together=False), (3, 8, 8))
+
+
+# Blocks that cannot be skipped
+
+
+class Mixes(Add):
+    def forward(self, x, first):
+        return x + self.conv(first)
+
+
+class Calls(Around):
+    """Calls its blocks in some way."""
+
+    def __init__(self, call, *blocks):
+        super().__init__(blocks=blocks)
+        self.call = call
+
+    def forward(self, x):
+        first = x = self.stem(x)
+        for block in self.blocks:
+            x = self.call(block, x, first)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "block"),
+    [
+        (lambda block, x, first: block(x, first), Mixes),  # a second batch
+        (lambda block, x, first: block(x, first=first), Mixes),
+        (lambda block, x, first: block(x=x), Add),  # by keyword
+    ],
+)
+def test_block_that_is_not_called_with_its_input_alone(call, block):
+    with pytest.raises(ValueError, match="no residual block"):
+        trace(Calls(call, block(), block()), (3, 8, 8))
+    with pytest.raises(ValueError, match="keeps its input's shape"):
+        trace(Calls(call, block(), block()), (3, 8, 8), ["blocks.*"])
+
+
+def test_block_that_is_called_with_settings():
+    class Scaled(Add):
+        def forward(self, x, scale, negative=False):
+            return x + (-scale if negative else scale) * self.conv(x)
+
+    net = Calls(lambda block, x, first: block(x, 0.5, negative=True), Scaled(), Scaled())
+    assert skippable(net, (3, 8, 8)) == ["blocks.0", "blocks.1"]
+
+
+def test_block_that_runs_twice():
+    twice = Add()
+    assert skippable(Around(blocks=[twice, Add(), twice]), (3, 8, 8)) == ["blocks.1"]
 
 
 # Blocks that write into their input

@@ -1,0 +1,34 @@
+"""Reading files with weights, without running anything in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+    """Loads a file that `torch.save` wrote, as tensors and plain values.
+
+    Args:
+        path: The file.
+        map_location: Device that the tensors go to.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, holds more than tensors and plain values (which are never
+            run), or is no dictionary.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        found = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # whatever the unpickler stumbles over
+        raise ValueError(
+            f"{path} is no checkpoint: it does not load as tensors and plain values "
+            f"({type(error).__name__})."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(found).__name__}, not a dict.")
+    return found

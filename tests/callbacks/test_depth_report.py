@@ -1,0 +1,162 @@
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.image import imread
+from torch.utils.data import DataLoader, TensorDataset
+
+from teamnet_pl.callbacks import DepthReport
+from teamnet_pl.elastic import cost
+
+ROWS = [
+    ("leader", None),
+    ("a", "d7"),
+    ("a", "d4"),
+    ("a", "d0"),
+    ("b", "d7"),
+    ("b", "d5"),
+    ("b", "d2"),
+    ("ensemble", None),
+]
+
+
+def rows_of(folder):
+    rows = json.loads((folder / "per_depth.json").read_text())
+    return {(row["net"], row["depth"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A fitted team, its trainer and its folder, where the report of the fit still is."""
+    folder = tmp_path_factory.mktemp("run")
+    team = tiny.team()
+    keep = ModelCheckpoint(folder / "kept", filename="best", monitor="val/accuracy/mean")
+    trainer = tiny.trainer(
+        folder,
+        callbacks=[keep, DepthReport()],
+        enable_checkpointing=True,
+        limit_train_batches=5,
+        limit_val_batches=1.0,
+        logger=[CSVLogger(folder), TensorBoardLogger(folder)],
+    )
+    trainer.fit(team, tiny.digits())
+    return team, trainer, folder
+
+
+def check_rows(rows, team, metrics, split):
+    assert list(rows) == ROWS
+    for (net, depth), row in rows.items():
+        member = net if depth is None else f"{net}/{depth}"
+        assert row["split"] == split
+        for name in ("accuracy", "accuracy_top5", "loss", "calibration_error"):
+            assert row[name] == pytest.approx(float(metrics[f"{split}/{name}/{member}"]))
+    costs = {("leader", None): cost(team.leader, (1, 8, 8))}
+    for name, net in team.elastic_nets.items():
+        for depth in net.depths:
+            costs[name, depth.name] = cost(net.extract(depth), (1, 8, 8))
+            assert rows[name, depth.name]["blocks_per_stage"] == list(depth.per_stage)
+    for key, own in costs.items():
+        assert (rows[key]["macs"], rows[key]["parameters"]) == (own.macs, own.parameters)
+    for what in ("macs", "parameters"):
+        assert rows["ensemble", None][what] == rows["a", "d7"][what] + rows["b", "d7"][what]
+
+
+def test_fit_reports_beside_its_checkpoints(run):
+    team, trainer, folder = run
+    assert (folder / "kept" / "best.ckpt").exists()
+    check_rows(rows_of(folder / "kept"), team, trainer.callback_metrics, "val")
+
+
+def test_the_picture_is_one(run):
+    pixels = imread(run[2] / "kept" / "per_depth.png")
+    assert pixels.ndim == 3
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_the_picture_reaches_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(run[1].loggers[1].log_dir).Reload()
+    (picture,) = events.Images("per_depth")
+    assert picture.step == run[1].global_step
+    assert (picture.width, picture.height) > (300, 300)
+
+
+@pytest.mark.parametrize(("stage", "split"), [("test", "test"), ("validate", "val")])
+def test_an_evaluation_reports_beside_the_given_checkpoint(
+    run, tiny, tmp_path, capsys, stage, split
+):
+    team, trainer, _ = run
+    trainer.save_checkpoint(tmp_path / "given" / "best.ckpt")
+    evaluator = tiny.trainer(tmp_path, callbacks=[DepthReport()], limit_val_batches=1.0)
+    evaluate = getattr(evaluator, stage)
+    evaluate(
+        tiny.team(seed=1), tiny.digits(), ckpt_path=tmp_path / "given" / "best.ckpt", verbose=False
+    )
+    rows = rows_of(tmp_path / "given")
+    check_rows(rows, team, evaluator.callback_metrics, split)
+    assert imread(tmp_path / "given" / "per_depth.png").size
+    printed = capsys.readouterr().out
+    assert f"{split} split" in printed
+    for (net, _), row in rows.items():
+        assert f"{row['accuracy']:.2%}" in printed, net
+        assert f"{row['macs']:,}" in printed
+
+
+def test_without_a_checkpoint_it_reports_in_the_log_folder(tiny, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], logger=logger)
+    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+    assert list(rows_of(tmp_path / "lightning_logs" / "version_0")) == ROWS
+
+
+def test_nothing_is_written_in_a_fast_dev_run(tiny, tmp_path, capsys):
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], fast_dev_run=1)
+    trainer.fit(tiny.team(), tiny.digits())
+    assert "Accuracy per depth" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_process_writes(tiny, tmp_path, capsys, monkeypatch):
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+    assert "Accuracy per depth" not in capsys.readouterr().out
+    assert not list(tmp_path.rglob("per_depth*"))
+
+
+def test_a_fit_without_validation_has_nothing_to_report(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], limit_train_batches=1)
+    trainer.fit(tiny.team(), tiny.digits())
+    assert not list(tmp_path.rglob("per_depth*"))
+
+
+def test_the_picture_can_be_left_out(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport(picture=False)])
+    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["per_depth.json"]
+
+
+def test_one_teammate_and_five_classes(tiny, tmp_path):
+    images = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 5)
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
+    team = tiny.team(leader=None, b=None, num_classes=5)
+    trainer.test(team, DataLoader(images, batch_size=10), verbose=False)
+    rows = rows_of(tmp_path)
+    assert list(rows) == ROWS[1:4]
+    assert {row["accuracy_top5"] for row in rows.values()} == {None}
+    assert imread(tmp_path / "per_depth.png").size
+
+
+def test_other_modules_are_refused(tiny, tmp_path):
+    class Other(pl.LightningModule):
+        def test_step(self, batch, batch_idx):
+            pass
+
+    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
+    with pytest.raises(TypeError, match="Team, found a Other"):
+        trainer.test(Other(), tiny.digits(), verbose=False)

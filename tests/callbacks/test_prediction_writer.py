@@ -1,0 +1,45 @@
+import csv
+
+import pytest
+import torch
+
+from teamnet_pl.callbacks import PredictionWriter
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"leader": None, "b": None}], ids=["all", "a alone"])
+def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
+    team, data = tiny.team(**kwargs), tiny.digits(batch_size=64)
+    trainer = tiny.trainer(tmp_path, callbacks=[PredictionWriter()], limit_train_batches=10)
+    trainer.fit(team, data)
+    trainer.save_checkpoint(tmp_path / "given" / "team.ckpt")
+    trainer.predict(
+        team, data, return_predictions=False, ckpt_path=tmp_path / "given" / "team.ckpt"
+    )
+    with open(tmp_path / "given" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    images = torch.cat([images for images, _ in data.predict_dataloader()])
+    logits = {}
+    team.eval()
+    with torch.no_grad():
+        if team.leader is not None:
+            logits["leader"] = team.leader(images)
+        for name, net in team.elastic_nets.items():
+            for depth in net.depths:
+                logits[f"{name}/{depth}"] = net.extract(depth).eval()(images)
+    labels = {member: own.argmax(1).tolist() for member, own in logits.items()}
+    if "b/d7" in logits:
+        both = logits["a/d7"].softmax(1) + logits["b/d7"].softmax(1)
+        labels["ensemble"] = both.argmax(1).tolist()
+    assert list(rows[0]) == ["index", *labels]
+    assert [int(row["index"]) for row in rows] == list(range(len(images)))
+    for member, own in labels.items():
+        assert [int(row[member]) for row in rows] == own
+    assert len({tuple(own) for own in labels.values()}) > 2
+
+
+def test_part_of_the_images(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, callbacks=[PredictionWriter()], limit_predict_batches=2)
+    trainer.predict(tiny.team(), tiny.digits(batch_size=10))
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        assert [row["index"] for row in csv.DictReader(file)] == [str(i) for i in range(20)]

@@ -1,0 +1,108 @@
+"""A team's checkpoint restores it by itself and runs no code."""
+
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from teamnet_pl import Team
+from teamnet_pl.cooperation import Cooperation, Edge, OptimizerConfig, ScheduleConfig, Transfer
+
+# As far from the defaults as can be.
+TEAM = {
+    "leader": {"frozen": True},
+    "a": {"depths": [7, 5, 1], "policy": "round_robin", "per_depth_affine": True},
+    "b": {"depths": [[3, 2, 2], [1, 1, 1]], "blocks": ["layer*.[012]"]},
+    "cooperation": Cooperation(
+        leader=Edge(0.1, 1.5), further=[Transfer(0.2, 3.0, "b/d3", "a/d1")], ramp=0.5
+    ),
+    "optimizer": OptimizerConfig("adamw", 1e-3, options={"betas": (0.8, 0.9)}),
+    "schedule": ScheduleConfig(0.2, 0.1),
+    "label_smoothing": 0.05,
+}
+
+
+@pytest.fixture(scope="module", params=[TEAM, {"leader": None, "b": None}], ids=["both", "a"])
+def saved(request, tiny, tmp_path_factory):
+    """A trained team and its checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    team = tiny.team(**request.param)
+    keep = ModelCheckpoint(folder, filename="kept", save_last=True)
+    trainer = tiny.trainer(
+        folder, callbacks=[keep], enable_checkpointing=True, limit_train_batches=3
+    )
+    trainer.fit(team, tiny.digits())
+    return team.eval(), folder / "kept.ckpt"
+
+
+def test_a_checkpoint_restores_the_team_with_no_arguments(saved, tiny):
+    team, path = saved
+    found = Team.load_from_checkpoint(path).eval()
+    tiny.assert_same_state(found.state_dict(), team.state_dict())
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), team(images), rtol=0, atol=0)
+    assert found.members() == team.members()
+    for name, net in team.elastic_nets.items():
+        assert found.elastic_nets[name].depths == net.depths
+        assert found.elastic_nets[name].blocks == net.blocks
+    assert [vars(own) for own in found.transfers] == [vars(own) for own in team.transfers]
+    assert found.cooperation == team.cooperation
+    assert found.optimizer_config == team.optimizer_config
+    assert found.schedule_config == team.schedule_config
+    assert found.label_smoothing == team.label_smoothing
+    assert found.leader_frozen == team.leader_frozen
+    assert dict(found.hparams) == dict(team.hparams)
+
+
+def test_a_checkpoint_loads_without_running_code(saved):
+    assert torch.load(saved[1], weights_only=True)["state_dict"]
+
+
+def test_hyper_parameters_are_plain_values(saved):
+    hyper_parameters = torch.load(saved[1], weights_only=True)["hyper_parameters"]
+    assert {"num_classes", "input_shape", "a", "cooperation"} <= hyper_parameters.keys()
+    for value in hyper_parameters.values():
+        plain(value)
+
+
+def plain(value) -> None:
+    assert type(value) in (dict, list, tuple, str, int, float, bool, type(None))
+    if isinstance(value, dict):
+        assert all(type(key) is str for key in value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            plain(inner)
+
+
+def test_a_checkpoint_needs_no_file_that_the_team_started_from(tiny, tmp_path):
+    start = tmp_path / "start.pt"
+    torch.save(tiny.team().leader.state_dict(), start)
+    team = tiny.team(leader={"checkpoint": str(start)})
+    path = save(tiny, team, tmp_path)
+    start.unlink()
+    tiny.assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
+
+
+def test_a_checkpoint_needs_no_pretrained_weights(tiny, tmp_path, monkeypatch):
+    fetched = []
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        fetched.append(pretrained)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    options = {"img_size": 8, "patch_size": 4, "pretrained": True}
+    team = tiny.team(b={"name": "timm/test_vit", "options": options})
+    path = save(tiny, team, tmp_path)
+    tiny.assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
+    assert fetched == [True, False]
+
+
+def save(tiny, team, folder):
+    trainer = tiny.trainer(folder, limit_train_batches=1)
+    trainer.fit(team, tiny.digits())
+    trainer.save_checkpoint(folder / "team.ckpt")
+    return folder / "team.ckpt"

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
+
+STEPS = 10
+
+
+def rates_of_torch(peak, warmup, steps, final):
+    """The same schedule by torch's own schedulers."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    cosine = CosineAnnealingLR(optimizer, steps - warmup, eta_min=final * peak)
+    schedule = cosine
+    if warmup > 1:
+        # torch starts at a factor of the first step and is at the peak after the others.
+        linear = LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+        schedule = SequentialLR(optimizer, [linear, cosine], [warmup])
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize(("warmup", "final"), [(0.0, 0.0), (0.4, 0.0), (0.3, 0.05)])
+def test_learning_rate_of_a_run_is_that_of_torchs_schedulers(tiny, tmp_path, warmup, final):
+    recorder = tiny.Recorder()
+    team = tiny.team(
+        b=None,
+        optimizer=OptimizerConfig(lr=0.05),
+        schedule=ScheduleConfig(warmup=warmup, final=final),
+    )
+    trainer = tiny.trainer(
+        tmp_path, callbacks=[recorder], limit_train_batches=STEPS // 2, max_epochs=2
+    )
+    trainer.fit(team, tiny.digits())
+    expected = rates_of_torch(0.05, round(warmup * STEPS), STEPS, final)
+    assert recorder.rates == pytest.approx(expected)
+
+
+def test_the_schedule_counts_optimizer_steps_not_batches(tiny, tmp_path):
+    recorder = tiny.Recorder()
+    team = tiny.team(b=None, schedule=ScheduleConfig(warmup=0.0))
+    trainer = tiny.trainer(
+        tmp_path, accumulate_grad_batches=2, callbacks=[recorder], limit_train_batches=8
+    )
+    trainer.fit(team, tiny.digits())
+    assert recorder.rates[::2] == pytest.approx(rates_of_torch(0.1, 0, 4, 0.0))
+
+
+@given(st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 50))
+def test_the_factor_stays_between_final_and_one(warmup, final, steps):
+    config = ScheduleConfig(warmup, final)
+    factors = [config.factor(step, steps) for step in range(steps + 1)]
+    after = [f for step, f in enumerate(factors) if step >= warmup * steps]
+    assert all(0 < factor <= 1 for factor in factors[:-1])
+    assert after == sorted(after, reverse=True)
+    assert factors[-1] == pytest.approx(final)
+    # A run that goes on beyond what was foreseen stays at the end.
+    assert config.factor(2 * steps, steps) == pytest.approx(final)
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.0])
+def test_warmup_is_a_share(warmup):
+    with pytest.raises(ValueError, match="warmup"):
+        ScheduleConfig(warmup=warmup)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "values"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        ("momentum", torch.optim.SGD, {"momentum": 0.8, "nesterov": False}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.95)}),
+        ("AdamW", torch.optim.AdamW, {}),
+        ("rmsprop", torch.optim.RMSprop, {"momentum": 0.8}),
+    ],
+)
+def test_optimizers_by_name(name, expected, values):
+    options = {"betas": (0.9, 0.95)} if "betas" in values else {}
+    config = OptimizerConfig(name, lr=0.3, weight_decay=0.2, momentum=0.8, options=options)
+    optimizer = config.create(torch.nn.Linear(2, 2))
+    assert type(optimizer) is expected
+    assert all(group["lr"] == 0.3 for group in optimizer.param_groups)
+    for key, value in values.items():
+        assert all(group[key] == value for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("adamv", "adamw"), ("sgdd", "sgd"), ("x", "sgd")])
+def test_unknown_optimizers_are_answered_with_near_ones(name, meant):
+    with pytest.raises(ValueError, match=f"no optimiser '{name}'. Did you mean .*'{meant}'"):
+        OptimizerConfig(name)
+
+
+def test_options_that_an_optimizer_does_not_take_are_refused():
+    with pytest.raises(ValueError, match=r"sgd does not take the options.*moment"):
+        OptimizerConfig("sgd", options={"moment": 0.9}).create(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("per_depth_affine", [False, True])
+def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
+    team = tiny.team(
+        leader={"frozen": frozen},
+        a={"per_depth_affine": per_depth_affine},
+        b={"name": "timm/test_vit", "options": {"img_size": 8, "patch_size": 4}},
+    )
+    optimizer = OptimizerConfig(weight_decay=0.01).create(team)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    norms = torch.nn.BatchNorm2d, torch.nn.LayerNorm
+    of_norms = {id(p) for m in team.modules() if isinstance(m, norms) for p in m.parameters()}
+    trained = {
+        id(p): (name, p)
+        for name, p in team.named_parameters()
+        if not (frozen and name.startswith("leader."))
+    }
+    assert decay.keys() == trained.keys()
+    for key, (name, _) in trained.items():
+        exempt = key in of_norms or name.endswith("bias")
+        assert decay[key] == (0.0 if exempt else 0.01), name
+    assert len(set(decay.values())) == 2
+
+
+def test_a_run_without_an_end_has_the_peak_rate_and_all_transfers(tiny, tmp_path):
+    recorder = tiny.Recorder()
+    trainer = tiny.trainer(
+        tmp_path,
+        callbacks=[recorder],
+        limit_train_batches=2,
+        max_epochs=-1,
+        max_time={"seconds": 1},
+    )
+    trainer.fit(tiny.team(b=None), tiny.digits())
+    assert set(recorder.rates) == {0.1}
+    assert trainer.callback_metrics["train/ramp"] == 1.0

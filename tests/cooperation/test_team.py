@@ -1,0 +1,300 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from teamnet_pl.cooperation import Cooperation, Edge
+
+THREE = {
+    "leader": {},
+    "a": {"name": "torchvision/mobilenet_v3_small", "options": {}, "depths": 2},
+    "b": {"name": "timm/test_vit", "options": {"img_size": 8, "patch_size": 4}, "depths": 3},
+}
+
+
+class Calls:
+    """Counts the calls of functions."""
+
+    def __init__(self, monkeypatch, **functions):
+        self.counts = dict.fromkeys(functions, 0)
+        for name, (owner, attribute) in functions.items():
+            original = getattr(owner, attribute)
+            monkeypatch.setattr(owner, attribute, self.counting(name, original))
+
+    def counting(self, name, original):
+        def counted(*args, **kwargs):
+            self.counts[name] += 1
+            return original(*args, **kwargs)
+
+        return counted
+
+
+def test_one_forward_one_backward_and_one_step_a_batch(tiny, tmp_path, monkeypatch):
+    team = tiny.team()
+    calls = Calls(
+        monkeypatch,
+        backward=(torch.Tensor, "backward"),
+        step=(torch.optim.SGD, "step"),
+        optimizer=(torch.optim.SGD, "__init__"),
+        leader=(team.leader, "forward"),
+        a=(team.teammates["a"].backbone, "forward"),
+        b=(team.teammates["b"].backbone, "forward"),
+    )
+    tiny.trainer(tmp_path, limit_train_batches=3).fit(team, tiny.digits())
+    assert calls.counts == {
+        "optimizer": 1,
+        "backward": 3,
+        "step": 3,
+        "leader": 3,
+        "a": 3,
+        "b": 3,
+    }
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_three_architectures_train(tiny, tmp_path, precision):
+    team = tiny.team(**THREE)
+    before = tiny.snapshot(team)
+    trainer = tiny.trainer(
+        tmp_path, limit_train_batches=2, limit_val_batches=1, precision=precision
+    )
+    trainer.fit(team, tiny.digits())
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
+    for member in ("leader", "teammates.a", "teammates.b"):
+        moved = [
+            not torch.equal(value, before[name])
+            for name, value in team.named_parameters()
+            if name.startswith(f"{member}.")
+        ]
+        assert moved
+        assert all(moved)
+
+
+def test_bf16_logits_come_out_in_single_precision(tiny):
+    team = tiny.team()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert team.leader(torch.randn(2, 1, 8, 8)).dtype == torch.bfloat16
+        logits = team(torch.randn(2, 1, 8, 8))
+    assert {own.dtype for own in logits.values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def weights(tiny, tmp_path_factory):
+    """A team's Lightning checkpoint and a plain file of its Leader's weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    team = tiny.team(seed=1, a={"depths": 4})
+    trainer = tiny.trainer(folder, limit_train_batches=2)
+    trainer.fit(team, tiny.digits())
+    trainer.save_checkpoint(folder / "team.ckpt")
+    torch.save(team.leader.state_dict(), folder / "plain.pt")
+    return folder, tiny.snapshot(team)
+
+
+@pytest.mark.parametrize("member", ["leader", "a", "b"])
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [("plain.pt", ""), ("team.ckpt", "leader."), ("team.ckpt", "teammates.a.backbone.")],
+)
+def test_members_start_from_checkpoints(tiny, weights, member, file, prefix):
+    folder, trained = weights
+    config = {"checkpoint": str(folder / file), "checkpoint_prefix": prefix}
+    team = tiny.team(**{member: config})
+    net = team.leader if member == "leader" else team.teammates[member].backbone
+    source = prefix or "leader."
+    expected = {
+        name.removeprefix(source): value
+        for name, value in trained.items()
+        if name.startswith(source)
+    }
+    tiny.assert_same_state(net.state_dict(), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"checkpoint": "team.ckpt"}, ValueError, "begin with leader, teammates"),
+        ({"checkpoint": "team.ckpt", "checkpoint_prefix": "leder."}, ValueError, "'leder.'"),
+        ({"checkpoint": "plain.pt", "options": {"width": 5}}, ValueError, "size mismatch"),
+        ({"checkpoint": "none.pt"}, FileNotFoundError, "none.pt"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny, weights, config, error, message):
+    config = config | {"checkpoint": str(weights[0] / config["checkpoint"])}
+    with pytest.raises(error, match=message):
+        tiny.team(leader=config)
+
+
+def test_a_frozen_leader_stays_as_it_was(tiny, tmp_path):
+    team = tiny.team(leader={"frozen": True})
+    before = tiny.snapshot(team.leader)
+    modes = []
+
+    def note_mode(module, args):
+        modes.append(module.training)
+
+    team.leader.register_forward_pre_hook(note_mode)
+    trainer = tiny.trainer(tmp_path, limit_train_batches=2, limit_val_batches=1, max_epochs=2)
+    trainer.fit(team, tiny.digits())
+    assert modes
+    assert not any(modes)
+    assert all(module.training for module in team.teammates.modules())
+    tiny.assert_same_state(team.leader.state_dict(), before)
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(parameter) for parameter in team.teammates.parameters()}
+    assert "train/ce/leader" not in trainer.callback_metrics
+    assert trainer.callback_metrics["train/kd/leader->a/d7"] > 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_frozen_leader_is_in_evaluation_mode_whatever_the_team_is_in(tiny, mode):
+    team = tiny.team(leader={"frozen": True})
+    assert not any(module.training for module in team.leader.modules())
+    getattr(team, mode)()
+    assert not any(module.training for module in team.leader.modules())
+    assert team.training == (mode == "train")
+
+
+# Teacher->student pairs, without the weights.
+LEADER = {"leader->a/d7", "leader->b/d7"}
+PEER = {"a/d7->b/d7", "b/d7->a/d7"}
+DEPTHS = {"a/d7->a/d4", "a/d7->a/d0", "b/d7->b/d5", "b/d7->b/d2"}
+OFF = Edge(weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, LEADER | PEER | DEPTHS),
+        ({"leader": None}, PEER | DEPTHS),
+        ({"b": None}, {"leader->a/d7", "a/d7->a/d4", "a/d7->a/d0"}),
+        ({"cooperation": Cooperation(leader=OFF)}, PEER | DEPTHS),
+        ({"cooperation": Cooperation(peer=OFF)}, LEADER | DEPTHS),
+        ({"cooperation": Cooperation(depths=OFF)}, LEADER | PEER),
+        ({"leader": None, "b": None, "cooperation": Cooperation(depths=OFF)}, set()),
+    ],
+    ids=["all", "no leader", "no b", "leader off", "peer off", "depths off", "joint"],
+)
+def test_ablations_leave_their_transfers_out(tiny, tmp_path, kwargs, expected):
+    team = tiny.team(**kwargs)
+    assert {str(transfer) for transfer in team.transfers} == expected
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(team, tiny.digits())
+    logged = {name for name in trainer.callback_metrics if "kd" in name}
+    assert logged == {f"train/kd/{transfer}" for transfer in expected}
+
+
+def test_members_are_named_by_teammate_and_depth(tiny):
+    team = tiny.team()
+    found = ["leader", "a/d7", "a/d4", "a/d0", "b/d7", "b/d5", "b/d2"]
+    assert team.members() == found
+    assert list(team(torch.randn(2, 1, 8, 8))) == found
+    assert tiny.team(leader=None, b=None).members() == ["a/d7", "a/d4", "a/d0"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"num_classes": 1}, "2 classes"),
+        ({"a": {"depths": 20}}, "2 to 8 depths"),
+        ({"b": {"name": "cifar/resnet21"}}, "cifar/resnet20"),
+    ],
+)
+def test_wrong_arguments_are_refused(tiny, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.team(**kwargs)
+
+
+def measured(probabilities, labels):
+    """Metrics of one member over a whole split."""
+    of_label = probabilities[np.arange(len(labels)), labels]
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    gaps = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            gaps += abs(correct[inside].mean() - confidence[inside].mean()) * inside.mean()
+    found = {
+        "accuracy": correct.mean(),
+        "loss": -np.log(of_label).mean(),
+        "calibration_error": gaps,
+    }
+    if probabilities.shape[1] > 5:
+        found["accuracy_top5"] = ((probabilities > of_label[:, None]).sum(1) < 5).mean()
+    return found
+
+
+def metrics_by_hand(team, stage, images, labels):
+    team.eval()
+    found = {}
+    with torch.no_grad():
+        if team.leader is not None:
+            found["leader"] = team.leader(images)
+        for name, net in team.elastic_nets.items():
+            for depth in net.depths:
+                found[f"{name}/{depth}"] = net.extract(depth).eval()(images)
+    found = {member: logits.double().softmax(-1).numpy() for member, logits in found.items()}
+    accuracies = [
+        (own.argmax(1) == labels).mean() for member, own in found.items() if member != "leader"
+    ]
+    if len(team.elastic_nets) > 1:
+        deepest = [found[f"{name}/{net.depths[0]}"] for name, net in team.elastic_nets.items()]
+        found["ensemble"] = np.mean(deepest, axis=0)
+    metrics = {
+        f"{stage}/{name}/{member}": value
+        for member, own in found.items()
+        for name, value in measured(own, labels).items()
+    }
+    return metrics | {f"{stage}/accuracy/mean": np.mean(accuracies)}
+
+
+@pytest.mark.parametrize("members", [{}, {"b": None}, {"leader": None}], ids=str)
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_metrics_are_those_of_each_depth_over_the_whole_split(tiny, tmp_path, members, stage):
+    team = tiny.team(**members)
+    data = tiny.digits(batch_size=64)  # does not divide either split
+    trainer = tiny.trainer(tmp_path, limit_train_batches=10, limit_val_batches=1.0, max_epochs=2)
+    trainer.fit(team, data)
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    (found,) = evaluate(team, data, verbose=False)
+    loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert len(labels) % 64
+    expected = metrics_by_hand(team, stage, images, labels.numpy())
+    assert len({value for name, value in expected.items() if "/loss/" in name}) > 2
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_five_classes_have_no_top5(tiny, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(20, 1, 8, 8, generator=generator), torch.arange(20) % 5
+    team = tiny.team(num_classes=5)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    (found,) = tiny.trainer(tmp_path).test(team, loader, verbose=False)
+    expected = metrics_by_hand(team, "test", images, labels.numpy())
+    assert not any("top5" in name for name in expected)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_metrics_of_a_fit_start_anew_each_epoch(tiny, tmp_path):
+    team, data = tiny.team(), tiny.digits()
+    trainer = tiny.trainer(tmp_path, limit_train_batches=5, limit_val_batches=1.0, max_epochs=3)
+    trainer.fit(team, data)
+    found = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
+    images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
+    expected = metrics_by_hand(team, "val", images, labels.numpy())
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_predictions_are_class_probabilities_of_each_member(tiny, tmp_path):
+    team, data = tiny.team(), tiny.digits(batch_size=64)
+    predictions = tiny.trainer(tmp_path).predict(team, data)
+    images, _ = next(iter(data.test_dataloader()))
+    team.eval()
+    with torch.no_grad(), team.teammates["b"].at("d5") as net:
+        torch.testing.assert_close(predictions[0]["b/d5"], net(images).softmax(-1))
+    first, *_, last = predictions[0]
+    assert (first, last) == ("leader", "ensemble")
+    assert sum(len(batch["leader"]) for batch in predictions) == len(data.test_set)

@@ -1,0 +1,184 @@
+"""What Lightning does with a team: accumulation, clipping, averaged weights, resuming."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch.utils.data import DataLoader
+
+from teamnet_pl.cooperation import OptimizerConfig
+
+
+@pytest.fixture
+def unmixed_team(tiny, own_nets):
+    """A team without batch norm: a batch may be cut in pieces of the same size."""
+    own = {"name": "own_nets.GroupNormNet"}
+    return lambda **kwargs: tiny.team(leader=own, a=own, b=own, **kwargs)
+
+
+def test_accumulated_batches_are_one_large_batch(tiny, tmp_path, unmixed_team):
+    teams = []
+    for pieces in (1, 4):
+        team = unmixed_team(optimizer=OptimizerConfig(lr=0.05))
+        trainer = tiny.trainer(
+            tmp_path,
+            accumulate_grad_batches=pieces,
+            limit_train_batches=3 * pieces,
+            precision="64-true",
+        )
+        trainer.fit(team, tiny.digits(batch_size=32 // pieces))
+        assert trainer.global_step == 3
+        teams.append(team.state_dict())
+    tiny.assert_same_state(teams[1], teams[0], rtol=1e-8, atol=1e-10)
+
+
+def test_gradients_are_clipped(tiny, tmp_path):
+    limit, lr = 0.01, 0.5
+    gradients = []
+
+    class KeepGradients(pl.Callback):
+        def on_after_backward(self, trainer, team):
+            gradients.append({name: p.grad.clone() for name, p in team.named_parameters()})
+
+    plain = OptimizerConfig("momentum", lr=lr, momentum=0.0, weight_decay=0.0)
+    team = tiny.team(optimizer=plain, schedule=tiny.constant)
+    before = tiny.snapshot(team)
+    trainer = tiny.trainer(
+        tmp_path, callbacks=[KeepGradients()], gradient_clip_val=limit, limit_train_batches=1
+    )
+    trainer.fit(team, tiny.digits())
+    norm = torch.cat([gradient.flatten() for gradient in gradients[0].values()]).norm()
+    assert norm > limit
+    for name, parameter in team.named_parameters():
+        expected = before[name] - lr * limit / norm * gradients[0][name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_exponential_moving_average(tiny, tmp_path):
+    recorder, decay = tiny.Recorder(), 0.6
+    team = tiny.team()
+    trainer = tiny.trainer(
+        tmp_path, callbacks=[EMAWeightAveraging(decay=decay), recorder], limit_train_batches=4
+    )
+    trainer.fit(team, tiny.digits())
+    first, *others = recorder.weights
+    for name, value in team.state_dict().items():
+        if value.is_floating_point():
+            average = first[name]
+            for weights in others:
+                average = decay * average + (1 - decay) * weights[name]
+            torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(team.leader.fc.weight, others[-1]["leader.fc.weight"])
+
+
+def test_the_averaged_weights_are_validated_and_kept(tiny, tmp_path):
+    callbacks = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="best")]
+    team, data = tiny.team(), tiny.digits()
+    trainer = tiny.trainer(
+        tmp_path, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=1.0
+    )
+    trainer.fit(team, data)
+    logged = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
+    kept = type(team).load_from_checkpoint(tmp_path / "best.ckpt")
+    tiny.assert_same_state(kept.state_dict(), team.state_dict())
+    (found,) = tiny.trainer(tmp_path, limit_val_batches=1.0).validate(kept, data, verbose=False)
+    assert found == pytest.approx(logged)
+
+
+def test_stochastic_weight_averaging(tiny, tmp_path):
+    starts, batches = [], []
+
+    class Keep(pl.Callback):
+        def on_train_epoch_start(self, trainer, team):
+            starts.append({name: p.detach().clone() for name, p in team.named_parameters()})
+            batches.clear()
+
+        def on_train_batch_start(self, trainer, team, batch, batch_idx):
+            batches.append(batch[0])
+
+    team = tiny.team()
+    # Lightning counts epochs from 1 here, and averages the weights with which epochs begin. After
+    # that it takes one step too many, at the last learning rate: here almost 0.
+    swa = StochasticWeightAveraging(swa_lrs=1e-9, swa_epoch_start=3, annealing_epochs=3)
+    trainer = tiny.trainer(tmp_path, callbacks=[Keep(), swa], limit_train_batches=3, max_epochs=5)
+    trainer.fit(team, tiny.digits())
+    for name, parameter in team.named_parameters():
+        assert not torch.equal(starts[2][name], starts[3][name])
+        average = torch.stack([weights[name] for weights in starts[2:5]]).mean(0)
+        torch.testing.assert_close(parameter, average, rtol=1e-4, atol=1e-6)
+    # Statistics of batch norm are then those of one more epoch, at each depth.
+    team.eval()
+    images = torch.randn(8, 1, 8, 8)
+    for member, (_, plain) in tiny.plain_nets(team).items():
+        for norm in plain.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.reset_running_stats()
+                norm.momentum = None
+        with torch.no_grad():
+            for batch in batches:
+                plain.train()(batch)
+            torch.testing.assert_close(team(images)[member], plain.eval()(images))
+
+
+class StopAfter(pl.Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
+def fit(tiny, folder, data, epochs=4, resume=None, **kwargs):
+    """Trains for four epochs at most; returns weights, optimiser and the last metrics."""
+    team = tiny.team(**kwargs)
+    callbacks = [ModelCheckpoint(folder, save_last=True), StopAfter(epochs)]
+    trainer = tiny.trainer(
+        folder,
+        callbacks=callbacks,
+        enable_checkpointing=True,
+        limit_train_batches=3,
+        limit_val_batches=2,
+        max_epochs=4,
+    )
+    trainer.fit(team, data, ckpt_path=resume, weights_only=True)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return copy.deepcopy(team.state_dict()), trainer.optimizers[0].state_dict(), metrics
+
+
+class Unshuffled(pl.LightningDataModule):
+    """Serves the training images in the same order in each epoch."""
+
+    def __init__(self, digits):
+        super().__init__()
+        self.digits = digits
+
+    def setup(self, stage):
+        self.digits.setup(stage)
+
+    def train_dataloader(self):
+        loader = self.digits.val_dataloader()
+        return DataLoader(self.digits.train_set, batch_size=32, collate_fn=loader.collate_fn)
+
+    def val_dataloader(self):
+        return self.digits.val_dataloader()
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, shuffled):
+    def data():
+        return tiny.digits() if shuffled else Unshuffled(tiny.digits())
+
+    whole = fit(tiny, tmp_path / "whole", data())
+    half = fit(tiny, tmp_path / "half", data(), epochs=2)
+    checkpoint = tmp_path / "half" / "last.ckpt"
+    resumed = fit(tiny, tmp_path / "resumed", data(), resume=checkpoint, seed=1)
+    assert whole[2]["train/loss"] != half[2]["train/loss"]
+    tiny.assert_same_state(resumed[0], whole[0])
+    torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
+    assert resumed[2] == whole[2]

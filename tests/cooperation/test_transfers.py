@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teamnet_pl.cooperation import Cooperation, Edge, Transfer, distillation_loss
+
+MATES = {"a": ["d2", "d1", "d0"], "b": ["d2", "d0"]}
+
+
+def listed(cooperation, mates=MATES, has_leader=True):
+    found = cooperation.transfers(mates, has_leader)
+    return {(own.teacher, own.student): (own.weight, own.temperature) for own in found}
+
+
+def test_each_kind_has_its_weight_and_temperature():
+    cooperation = Cooperation(Edge(0.1, 1.0), Edge(0.2, 2.0), Edge(0.3, 3.0))
+    assert listed(cooperation) == {
+        ("leader", "a/d2"): (0.1, 1.0),
+        ("leader", "b/d2"): (0.1, 1.0),
+        ("a/d2", "b/d2"): (0.2, 2.0),
+        ("b/d2", "a/d2"): (0.2, 2.0),
+        ("a/d2", "a/d1"): (0.3, 3.0),
+        ("a/d2", "a/d0"): (0.3, 3.0),
+        ("b/d2", "b/d0"): (0.3, 3.0),
+    }
+
+
+def test_further_transfers_are_by_name_and_a_teammate_is_its_deepest_depth():
+    further = [
+        Transfer(0.1, 1.0, "a/d1", "a/d0"),
+        Transfer(0.2, 2.0, "a", "b/d0"),
+        Transfer(0.3, 3.0, "leader", "b"),
+        Transfer(0.0, 4.0, "b", "a"),
+    ]
+    none = Edge(0.0)
+    assert listed(Cooperation(none, none, none, further)) == {
+        ("a/d1", "a/d0"): (0.1, 1.0),
+        ("a/d2", "b/d0"): (0.2, 2.0),
+        ("leader", "b/d2"): (0.3, 3.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("a/d9", "a/d0"),  # unknown
+        ("a/d2", "c"),
+        ("", ""),
+        ("a", "leader"),  # the Leader learns from none
+        ("a", "a/d2"),  # itself
+        ("b/d0", "b/d0"),
+    ],
+)
+def test_transfers_between_other_than_two_members_are_refused(teacher, student):
+    cooperation = Cooperation(further=[Transfer(0.5, 2.0, teacher, student)])
+    with pytest.raises(ValueError, match=f"no transfer {teacher}->{student}: .*a/d1.*b/d0"):
+        cooperation.transfers(MATES, has_leader=True)
+
+
+def test_a_leader_that_is_not_there_cannot_teach():
+    cooperation = Cooperation(further=[Transfer(0.5, 2.0, "leader", "a/d0")])
+    with pytest.raises(ValueError, match="leader->a/d0"):
+        cooperation.transfers(MATES, has_leader=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Edge(weight=-0.1), "negative"),
+        (lambda: Edge(temperature=0.0), "> 0"),
+        (lambda: Transfer(temperature=-1.0), "> 0"),
+        (lambda: Cooperation(ramp=-0.1), "ramp"),
+        (lambda: Cooperation(ramp=1.1), "ramp"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@given(
+    st.integers(1, 5), st.integers(2, 7), st.floats(0.5, 8.0), st.integers(0, 2**31), st.booleans()
+)
+def test_distillation_is_the_divergence_times_the_temperature_squared(n, classes, t, seed, large):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, n, classes, generator=generator).double() * (1 + 30 * large)
+    softened = [torch.distributions.Categorical(logits=logits / t) for logits in (teacher, student)]
+    expected = t**2 * torch.distributions.kl_divergence(*softened).mean()
+    found = distillation_loss(student, teacher, t)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_distillation_stays_finite_where_a_probability_is_zero():
+    student, teacher = torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]])
+    assert distillation_loss(student, teacher, 1.0).item() == pytest.approx(200.0)

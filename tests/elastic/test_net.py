@@ -1,0 +1,337 @@
+import copy
+import io
+import pickle
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+
+from teamnet_pl.elastic import ElasticNet
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture
+def make(toys):
+    """Makes nets whose depths all have statistics of their own."""
+
+    def make(seed=0, depths=4, kind="residual", norm="batch", **kwargs):
+        net = ElasticNet(toys.build(kind, norm=norm, seed=seed), SHAPE, depths=depths, **kwargs)
+        toys.train(net)
+        return net.eval()
+
+    return make
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+
+
+def outputs(net, images):
+    """Those of the depths, one after the other, and those of all of them together."""
+    single = []
+    for depth in net.depths:
+        with net.at(depth), torch.no_grad():
+            single.append(net(images))
+    with torch.no_grad():
+        return [*single, *net.packed(images)]
+
+
+def same(actual, expected, **kwargs):
+    kwargs = {"rtol": 1e-10, "atol": 1e-10, **kwargs}
+    torch.testing.assert_close(actual, expected, **kwargs)
+
+
+# Depths and scopes
+
+
+def test_depths_differ(make, images):
+    net = make()
+    singles = outputs(net, images)[:4]
+    packed = outputs(net, images)[4:]
+    same(singles, packed)
+    for i, one in enumerate(singles):
+        assert all((one - other).abs().max() > 1e-3 for other in singles[:i])
+
+
+def test_a_depth_has_three_names(make, images):
+    net = make()
+    depth = net.depths[1]
+    expected = outputs(net, images)[1]
+    for name in (depth, depth.name, depth.blocks):
+        assert net.depth(name) is depth
+        with net.at(name) as inside:
+            assert inside is net
+            same(net(images), expected)
+
+
+@pytest.mark.parametrize("name", ["d9", 9, "2", "", None])
+def test_unknown_depth(make, images, name):
+    net = make(depths=[3, 2, 0])
+    expected = outputs(net, images)
+    message = rf"has the depths d3, d2, d0; {name} is none of them"
+    for use in (net.depth, net.extract, lambda name: net.at(name).__enter__()):
+        with pytest.raises(ValueError, match=message):
+            use(name)
+    with net.at(2):
+        with pytest.raises(ValueError, match=message), net.at(name):
+            pass
+        same(net(images), expected[1])
+
+
+def test_depth_of_another_net(make):
+    net, other = (make(depths=[3, 1], policy=f"{which}_stage_first") for which in ("first", "last"))
+    assert net.depth(other.depths[0]) == other.depths[0]  # both keep all blocks
+    with pytest.raises(ValueError, match="d1 is none of them"):
+        net.at(other.depths[1]).__enter__()  # as many, but other ones
+
+
+def test_the_deepest_runs_outside_of_a_scope(make, images):
+    net = make()
+    full, *_ = outputs(net, images)
+    same(net(images), full)
+    same(net.backbone(images), full)
+
+
+def test_scopes_nest(make, images):
+    net = make()
+    full, second, third, *_ = outputs(net, images)
+    with net.at(net.depths[1]):
+        same(net(images), second)
+        with net.at(net.depths[2]):
+            same(net(images), third)
+            with net.at(net.depths[0]):
+                same(net(images), full)
+            same(net(images), third)
+        same(net(images), second)
+    same(net(images), full)
+
+
+def test_packed_within_a_scope(make, images):
+    net = make()
+    _, second, *_ = expected = outputs(net, images)
+    with net.at(net.depths[1]):
+        same([*net.packed(images)], expected[4:])
+        same(net(images), second)
+
+
+def test_scope_ends_with_an_exception(make, images):
+    net = make()
+    full, second, *_ = outputs(net, images)
+    with net.at(net.depths[1]):
+        with pytest.raises(KeyError), net.at(net.depths[2]):
+            raise KeyError
+        same(net(images), second)
+        with pytest.raises(RuntimeError):
+            net.packed(images[:, :1])  # a channel is not enough
+        same(net(images), second)
+    same(net(images), full)
+
+
+def test_two_nets_do_not_disturb_each_other(make, images):
+    a, b = make(seed=0), make(seed=1)
+    of_a, of_b = outputs(a, images), outputs(b, images)
+    with a.at(a.depths[1]):
+        same(b(images), of_b[0])
+        with b.at(b.depths[2]):
+            same(a(images), of_a[1])
+            same(b(images), of_b[2])
+            same([*a.packed(images)], of_a[4:])
+            same(b(images), of_b[2])
+        same(a(images), of_a[1])
+        same([*b.packed(images)], of_b[4:])
+        same(a(images), of_a[1])
+    same([a(images), b(images)], [of_a[0], of_b[0]])
+
+
+def test_scopes_of_two_nets_interleave(make, images):
+    a, b = make(seed=0), make(seed=1)
+    of_a, of_b = outputs(a, images), outputs(b, images)
+    scope_of_a, scope_of_b = ExitStack(), ExitStack()
+    scope_of_a.enter_context(a.at(a.depths[1]))
+    scope_of_b.enter_context(b.at(b.depths[2]))
+    same([a(images), b(images)], [of_a[1], of_b[2]])
+    scope_of_a.close()
+    same([a(images), b(images)], [of_a[0], of_b[2]])
+    scope_of_b.close()
+    same([a(images), b(images)], [of_a[0], of_b[0]])
+
+
+# The backbone stays as it is
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_names_and_classes_stay(toys, norm):
+    backbone = toys.build(norm=norm)
+    plain = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=3)
+    assert net.backbone is backbone
+    assert [(n, type(m)) for n, m in backbone.named_modules()] == [
+        (n, type(m)) for n, m in plain.named_modules()
+    ]
+    same(backbone.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    parameters = [name for name, _ in net.named_parameters()]
+    assert parameters == [f"backbone.{name}" for name, _ in plain.named_parameters()]
+    plain.load_state_dict(backbone.state_dict(), strict=True)
+
+
+def test_training_mode_reaches_all_statistics(make):
+    net = make()
+    assert len(list(net.norms.modules())) > 1
+    for mode in (True, False):
+        net.train(mode)
+        assert all(module.training == mode for module in net.modules())
+
+
+# Copies
+
+
+def deep_copy(net):
+    return copy.deepcopy(net)
+
+
+def pickled(net):
+    return pickle.loads(pickle.dumps(net))
+
+
+def saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+copies = pytest.mark.parametrize("clone", [deep_copy, pickled, saved])
+kinds = pytest.mark.parametrize(
+    ("kind", "per_depth_affine"),
+    [("residual", False), ("residual", True), ("transformer", False)],
+)
+
+
+def storages(net):
+    return {value.untyped_storage().data_ptr() for value in net.state_dict().values()}
+
+
+@copies
+@kinds
+def test_a_copy_gives_the_same_outputs_and_shares_nothing(
+    make, toys, images, clone, kind, per_depth_affine
+):
+    net = make(kind=kind, per_depth_affine=per_depth_affine, depths=3)
+    expected = outputs(net, images)
+    other = clone(net)
+    same(outputs(other, images), expected)
+    assert other.depths == net.depths
+
+    assert storages(net).isdisjoint(storages(other))
+    ours, theirs = ({id(module) for module in each.modules()} for each in (net, other))
+    assert ours.isdisjoint(theirs)
+    forwards = [(m, vars(m)["forward"]) for m in other.modules() if "forward" in vars(m)]
+    assert len(forwards) >= len(other.blocks)
+    for module, forward in forwards:
+        assert forward.module is module
+        referred = [each for each in vars(forward).values() if isinstance(each, nn.Module)]
+        assert all(id(each) in theirs for each in referred)
+        assert forward.selection is other._selection is not net._selection
+
+    # A scope, a step of the one does not show in the other.
+    with other.at(other.depths[1]):
+        same(net(images), expected[0])
+    toys.train(other)
+    same(outputs(net, images), expected)
+    changed = outputs(other.eval(), images)
+    assert all((a - b).abs().max() > 1e-6 for a, b in zip(changed, expected, strict=True))
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.zero_()
+    same(outputs(other, images), changed)
+
+
+@copies
+@pytest.mark.parametrize("per_depth_affine", [False, True])
+def test_a_copy_trains_like_the_original(make, toys, images, clone, per_depth_affine):
+    net = make(per_depth_affine=per_depth_affine)
+    other = clone(net)
+    assert len(list(other.parameters())) == len(list(net.parameters()))
+    for each in (net, other):
+        toys.train(each, steps=3)
+    same(outputs(other.eval(), images), outputs(net.eval(), images))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@kinds
+def test_state_dict(make, toys, images, assign, kind, per_depth_affine):
+    kwargs = {"kind": kind, "per_depth_affine": per_depth_affine}
+    net, other = make(seed=0, **kwargs), make(seed=1, **kwargs)
+    parameters = len(list(other.parameters()))
+    state = copy.deepcopy(net.state_dict())
+    assert state.keys() == other.state_dict().keys()
+    other.load_state_dict(state, strict=True, assign=assign)
+    same(outputs(other, images), outputs(net, images))
+    # What was shared still is.
+    assert len(list(other.parameters())) == parameters
+    toys.train(net)
+    toys.train(other)
+    same(outputs(other.eval(), images), outputs(net.eval(), images))
+
+
+def test_conversion_to_another_type(make, images):
+    net = make()
+    expected = outputs(net, images)
+    actual = outputs(net.float(), images.float())
+    assert {output.dtype for output in actual} == {torch.float32}
+    same([output.double() for output in actual], expected, rtol=1e-3, atol=1e-3)
+
+
+# Synchronised batch norm, for which the layers are replaced
+
+
+def synchronised(net):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+@pytest.mark.parametrize("per_depth_affine", [False, True])
+def test_synchronised_batch_norm(make, toys, images, per_depth_affine):
+    net = make(per_depth_affine=per_depth_affine)
+    plain = copy.deepcopy(net)
+    expected = outputs(net, images)
+    assert synchronised(net) is net
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    with torch.no_grad():
+        same([*net.packed(images)], expected[4:])
+    same(outputs(net, images), expected)
+    # Without other processes, training is that of plain batch norm.
+    toys.train(net)
+    toys.train(plain)
+    same(outputs(net.eval(), images), outputs(plain.eval(), images))
+    assert len(list(net.parameters())) == len(list(plain.parameters()))
+
+
+@pytest.mark.parametrize("use", ["forward", "at", "extract", "copy"])
+def test_synchronised_batch_norm_of_which_something_else_is_used_first(make, images, use):
+    net = make()
+    expected = outputs(net, images)
+    synchronised(net)
+    with torch.no_grad():
+        if use == "forward":
+            same(net(images), expected[0])
+        elif use == "at":
+            with net.at(net.depths[2]):
+                same(net(images), expected[2])
+        elif use == "extract":
+            same(net.extract(net.depths[2])(images), expected[2])
+        else:
+            same(outputs(copy.deepcopy(net), images), expected)
+    same(outputs(net, images), expected)
+
+
+def test_backbone_with_synchronised_batch_norm(toys, images):
+    nets = [
+        ElasticNet(backbone, SHAPE, depths=4)
+        for backbone in (toys.build(), synchronised(toys.build()))
+    ]
+    for net in nets:
+        toys.train(net)
+    same(outputs(nets[1].eval(), images), outputs(nets[0].eval(), images))

@@ -1,0 +1,341 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from teamnet_pl import Team
+
+OPTION = "--data.init_args.batch_size"
+
+
+def metrics(folder, version="*"):
+    """The last value of each metric in the CSV log."""
+    (path,) = folder.glob(f"logs/version_{version}/metrics.csv")
+    found = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            found |= {name: float(value) for name, value in row.items() if value}
+    return found
+
+
+def config(folder, version="*"):
+    (path,) = folder.glob(f"logs/version_{version}/config.yaml")
+    return yaml.safe_load(path.read_text())
+
+
+def measured(found, split):
+    return {name: value for name, value in found.items() if name.startswith(f"{split}/")}
+
+
+def error_of(capsys, run) -> str:
+    """What a run that fails says, without line breaks."""
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code not in (0, None)
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return " ".join(message.split())
+
+
+@pytest.fixture(scope="module")
+def fitted(cli, tmp_path_factory):
+    """Folder of a run of fit."""
+    folder = tmp_path_factory.mktemp("fitted")
+    cli(folder, "fit", "--test_after_fit", "true")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def best(fitted):
+    (path,) = fitted.glob("logs/version_0/checkpoints/best.ckpt")
+    return path
+
+
+def test_fit_trains_validates_and_tests(fitted, best, tiny):
+    found = metrics(fitted)
+    assert found["step"] == 2
+    team = Team.load_from_checkpoint(best)
+    data = tiny.digits(batch_size=50)
+    trainer = tiny.trainer(fitted, limit_val_batches=1.0)
+    for split, evaluate in (("val", trainer.validate), ("test", trainer.test)):
+        (expected,) = evaluate(team, data, verbose=False)
+        assert measured(found, split) == pytest.approx(expected, abs=1e-5)
+
+
+def test_fit_keeps_the_best_and_the_last_checkpoint(fitted):
+    names = {path.name for path in fitted.glob("logs/version_0/checkpoints/*.ckpt")}
+    assert names == {"best.ckpt", "last.ckpt"}
+
+
+def test_best_is_by_the_mean_accuracy_over_depths(cli, tmp_path):
+    cli(tmp_path, "fit", "--trainer.max_epochs", 4, "--trainer.limit_train_batches", 8)
+    with open(tmp_path / "logs/version_0/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/accuracy/mean"]]
+    accuracy = [float(row["val/accuracy/mean"]) for row in rows]
+    assert len(set(accuracy)) > 1
+    folder = tmp_path / "logs/version_0/checkpoints"
+    found = torch.load(folder / "best.ckpt", weights_only=True)
+    assert found["epoch"] == accuracy.index(max(accuracy))
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("option", ["--ckpt_path=", "--ckpt_path"])
+@pytest.mark.parametrize(("subcommand", "split"), [("test", "test"), ("validate", "val")])
+def test_a_checkpoint_is_all_that_test_needs(
+    cli, fitted, best, tmp_path, subcommand, split, option
+):
+    args = [f"{option}{best}"] if option.endswith("=") else [option, best]
+    cli(tmp_path, subcommand, *args, tiny=False)
+    expected = measured(metrics(fitted), split)
+    assert len(expected) > 20
+    assert measured(metrics(tmp_path), split) == pytest.approx(expected, abs=1e-5)
+    assert config(tmp_path)["data"]["init_args"]["batch_size"] == 32
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_options_override_the_checkpoints_config(cli, best, tmp_path, first):
+    args = [OPTION, 48, "--ckpt_path", best] if first else ["--ckpt_path", best, OPTION, 48]
+    cli(tmp_path, "test", *args, tiny=False)
+    found = config(tmp_path)
+    assert found["data"]["init_args"]["batch_size"] == 48
+    assert found["model"]["a"]["options"] == {"width": 4}
+
+
+def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
+    cli(tmp_path, "predict", "--ckpt_path", best, tiny=False)
+    with open(best.parent / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = tiny.digits(batch_size=400)
+    data.setup("predict")
+    images, _ = next(iter(data.predict_dataloader()))
+    team = Team.load_from_checkpoint(best).eval()
+    assert [int(row["index"]) for row in rows] == list(range(len(images)))
+    with torch.no_grad():
+        for member, logits in team(images).items():
+            assert [int(row[member]) for row in rows] == logits.argmax(1).tolist()
+
+
+def test_fit_resumes_with_the_team_and_data_of_the_checkpoint(cli, best, tmp_path):
+    trainer = yaml.safe_load(cli.config.read_text())["trainer"] | {"max_epochs": 2}
+    last = best.with_name("last.ckpt")
+    cli(tmp_path, "fit", "--ckpt_path", last, "--trainer", json.dumps(trainer), tiny=False)
+    found = config(tmp_path)
+    assert found["model"]["b"]["depths"] == 3
+    assert found["data"]["init_args"]["batch_size"] == 32
+    assert metrics(tmp_path)["step"] == 3
+    folder = tmp_path / "logs/version_0/checkpoints"
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["global_step"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_fit_resumes_from_the_last_checkpoint_of_its_folder(cli, tmp_path):
+    options = ["--checkpoint.dirpath", "kept", "--ckpt_path", "last", "--trainer.max_epochs"]
+    cli(tmp_path, "fit", *options[:2], *options[4:], 1)
+    cli(tmp_path, "fit", *options, 2)
+    assert torch.load(tmp_path / "kept/last.ckpt", weights_only=True)["global_step"] == 4
+    assert metrics(tmp_path, version=1)["step"] == 3
+
+
+def test_a_config_may_stand_before_the_subcommand(cli, best, tmp_path):
+    (tmp_path / "top.yaml").write_text("test: {trainer: {limit_test_batches: 1}}")
+    cli(tmp_path, "--config", "top.yaml", "test", "--ckpt_path", best, tiny=False)
+    assert config(tmp_path)["trainer"]["limit_test_batches"] == 1
+    assert config(tmp_path)["model"]["a"]["options"] == {"width": 4}
+    assert "test/accuracy/mean" in metrics(tmp_path)
+
+
+def test_the_team_that_a_checkpoint_holds_may_have_started_from_a_file(cli, best, tmp_path):
+    start = tmp_path / "start.ckpt"
+    start.write_bytes(best.read_bytes())
+    options = ["--model.leader.checkpoint", start, "--model.leader.checkpoint_prefix", "leader."]
+    cli(tmp_path, "fit", *options)
+    start.unlink()
+    checkpoint = tmp_path / "logs/version_0/checkpoints/best.ckpt"
+    cli(tmp_path, "test", "--ckpt_path", checkpoint, tiny=False)
+    assert "test/accuracy/leader" in metrics(tmp_path, version=1)
+
+
+def test_print_config_round_trips(cli, capsys, tmp_path):
+    options = ["--model.a.depths", "[7, 3]", "--model.leader", "null", OPTION, 7]
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", *options, "--print_config")
+    printed = capsys.readouterr().out
+    found = yaml.safe_load(printed)
+    assert found["model"]["a"]["depths"] == [7, 3]
+    assert found["model"]["leader"] is None
+    assert found["data"]["init_args"]["batch_size"] == 7
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", "--config", "printed.yaml", "--print_config", tiny=False)
+    assert yaml.safe_load(capsys.readouterr().out) == found
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_the_config_that_fit_saves_is_accepted_back(cli, fitted, tmp_path, subcommand):
+    (path,) = fitted.glob("logs/version_0/config.yaml")
+    if subcommand == "test":
+        cli(tmp_path, subcommand, "--config", path, "--trainer.limit_test_batches", 1, tiny=False)
+        assert "test/accuracy/mean" in metrics(tmp_path)
+    elif subcommand == "fit":
+        cli(tmp_path, subcommand, "--config", path, tiny=False)
+        assert config(tmp_path) == config(fitted)
+        assert metrics(tmp_path) == pytest.approx(metrics(fitted))
+    else:
+        cli(tmp_path, subcommand, "--config", path, tiny=False)
+
+
+def test_configs_compose_and_options_override(cli, capsys, tmp_path):
+    (tmp_path / "first.yaml").write_text("model: {b: null, label_smoothing: 0.1}")
+    (tmp_path / "second.yaml").write_text("model: {label_smoothing: 0.2, a: {depths: 4}}")
+    options = ["--config", "first.yaml", "--config", "second.yaml", "--model.a.depths", 5]
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", *options, "--print_config")
+    found = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert found["b"] is None
+    assert found["label_smoothing"] == 0.2
+    assert found["a"]["depths"] == 5
+    assert found["a"]["options"] == {"width": 4}
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["--data", "Digit"], ["Digits"]),
+        (["--data", "teamnet_pl.data.Digit"], ["Digit"]),
+        (["--model.lable_smoothing", 0.1], ["model.label_smoothing"]),
+        (["--model.a.depth", 3], ["model.a.depths"]),
+        (["--model.leader.frozn", "true"], ["frozen"]),
+        (["--model.cooperation.peer.wieght", 1], ["model.cooperation.peer.weight"]),
+        (["--data.init_args.batchsize", 3], ["batch_size"]),
+        (["--data.batchsize", 3], ["batch_size"]),
+        (["--trainer.max_epcohs", 3], ["trainer.max_epochs"]),
+        (["--model", "{b: {depth: 3}}"], ["depths"]),
+        (["--model", "{a: {polcy: round_robin}}"], ["policy"]),
+        (["--model", "{cooperation: {peers: {weight: 1}}}"], ["peer"]),
+        (["--model.a.name", "cifar/resnet21"], ["cifar/resnet20"]),
+        (["--model.a.name", "timm/resnet81"], ["timm/resnet18"]),
+        (["--model.b.name", "torchvision/resnet81"], ["torchvision/resnet18"]),
+        (["--model.a.name", "no_such_package.Net"], ["no_such_package", "import path"]),
+        (["--model.a.name", "cifar"], ["cifar/<model>"]),
+        (["--model.a.options", "{widht: 4}"], ["cifar/resnet20", "widht"]),
+        (["--model.a.policy", "robin"], ["policy", "round_robin"]),
+        (["--model.optimizer.name", "adamv"], ["adamw"]),
+        (["--model.optimizer.options", "{moment: 1}"], ["sgd", "moment"]),
+        (["--model.a.depths", 20], ["2 to 8 depths"]),
+        (["--model.schedule.warmup", 2], ["warmup"]),
+        (["--model.cooperation.peer.weight", -1], ["weight", "negative"]),
+        (["--model.cooperation.further", "[{teacher: a, student: c}]"], ["a->c", "b/d7"]),
+        (["--model.leader.checkpoint", "none.pt"], ["none.pt"]),
+        (["--ckpt_path", "none.ckpt"], ["none.ckpt"]),
+        (["--ckpt_path=none.ckpt"], ["none.ckpt"]),
+        (["--config", "none.yaml"], ["none.yaml"]),
+    ],
+    ids=lambda value: str(value[0:2]) if isinstance(value, list) else None,
+)
+def test_what_is_not_known_is_answered_with_what_was_meant(cli, capsys, tmp_path, args, meant):
+    message = error_of(capsys, lambda: cli(tmp_path, "fit", *args))
+    for part in meant:
+        assert part in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken", b"\x80\x02."])
+def test_a_file_that_is_no_checkpoint(cli, capsys, tmp_path, content, subcommand):
+    (tmp_path / "wrong.ckpt").write_bytes(content)
+    message = error_of(capsys, lambda: cli(tmp_path, subcommand, "--ckpt_path", "wrong.ckpt"))
+    assert "wrong.ckpt" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
+def test_a_file_with_weights_that_is_none(cli, capsys, tmp_path, content):
+    (tmp_path / "wrong.pt").write_bytes(content)
+    options = ["--model.leader.checkpoint", "wrong.pt"]
+    assert "wrong.pt" in error_of(capsys, lambda: cli(tmp_path, "fit", *options))
+
+
+@pytest.mark.parametrize(
+    "content", [torch.zeros(2), {"a": 1}, [1, 2]], ids=["tensor", "dict", "list"]
+)
+def test_a_file_with_something_else(cli, capsys, tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    for options in (["--ckpt_path", "other.pt"], ["--model.leader.checkpoint", "other.pt"]):
+        assert "other.pt" in error_of(capsys, lambda: cli(tmp_path, "fit", *options))  # noqa: B023
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["whole", "state_dict", "hyper_parameters", "teamnet_config"])
+@pytest.mark.parametrize(
+    "option",
+    [("test", "--ckpt_path"), ("fit", "--ckpt_path"), ("fit", "--model.a.checkpoint")],
+    ids=" ".join,
+)
+def test_code_in_a_checkpoint_is_never_run(cli, capsys, best, tmp_path, place, option):
+    trap = Malicious(tmp_path / "trapped")
+    checkpoint = torch.load(best, weights_only=True)
+    torch.save(trap if place == "whole" else checkpoint | {place: trap}, tmp_path / "evil.ckpt")
+    subcommand, name = option
+    message = error_of(capsys, lambda: cli(tmp_path, subcommand, name, "evil.ckpt"))
+    assert "evil.ckpt" in message
+    assert not trap.path.exists()
+    # The trap is one.
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert trap.path.exists()
+
+
+def test_an_averaged_run_tests_its_averaged_weights(cli, tmp_path):
+    ema = {
+        "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+        "init_args": {"decay": 0.9},
+    }
+    options = ["--trainer.callbacks", json.dumps([ema]), "--test_after_fit", "true"]
+    cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 20)
+    best = tmp_path / "logs/version_0/checkpoints/best.ckpt"
+    cli(tmp_path, "test", "--ckpt_path", best, tiny=False)
+    expected = measured(metrics(tmp_path, version=1), "test")
+    assert measured(metrics(tmp_path, version=0), "test") == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_the_logger_configs(cli, tmp_path, pytestconfig, monkeypatch, logger):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cli(tmp_path, "fit", "--config", pytestconfig.rootpath / f"configs/logger/{logger}.yaml")
+    if logger == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(next(tmp_path.glob("logs/version_0")))).Reload()
+        assert {"train/loss", "val/accuracy/mean"} <= set(events.Tags()["scalars"])
+        assert "per_depth" in events.Tags()["images"]
+    else:
+        assert list(tmp_path.glob("logs/wandb/offline-run-*/run-*.wandb"))
+        assert list(tmp_path.glob("logs/wandb/offline-run-*/files/media/images/per_depth*.png"))
+
+
+def test_python_m_teamnet_pl_is_teamnet():
+    teamnet = Path(sys.executable).with_name("teamnet")
+    commands = [teamnet, "--help"], [sys.executable, "-m", "teamnet_pl", "fit", "--help"]
+    running = [subprocess.Popen(own, stdout=subprocess.PIPE, text=True) for own in commands]
+    overview, options = (process.communicate()[0] for process in running)
+    assert [process.returncode for process in running] == [0, 0]
+    for subcommand in ("fit", "validate", "test", "predict"):
+        assert subcommand in overview
+    for option in ("--model.a", "--model.cooperation", "--data", "--trainer", "--ckpt_path"):
+        assert option in options
