@@ -109,6 +109,11 @@ class TeamCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning's own lets a checkpoint override the command line."""
 
+    def before_instantiate_classes(self) -> None:
+        """Keeps a fast_dev_run from saving its last checkpoint, as Lightning 2.6 does."""
+        if self._get(self.config, "trainer").fast_dev_run:
+            self._get(self.config, "checkpoint").save_last = False
+
     def instantiate_classes(self) -> None:
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
         try:
@@ -119,7 +124,10 @@ class TeamCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""
         if self._get(self.config, "test_after_fit"):
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best")
+            # A fast_dev_run saves no checkpoint.
+            fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            best = None if fast else "best"
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:

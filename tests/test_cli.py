@@ -329,6 +329,7 @@ def test_the_logger_configs(cli, tmp_path, pytestconfig, monkeypatch, logger):
         assert list(tmp_path.glob("logs/wandb/offline-run-*/files/media/images/per_depth*.png"))
 
 
+@pytest.mark.slow
 def test_python_m_teamnet_pl_is_teamnet():
     teamnet = Path(sys.executable).with_name("teamnet")
     commands = [teamnet, "--help"], [sys.executable, "-m", "teamnet_pl", "fit", "--help"]

@@ -145,6 +145,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.train_transform = train_transform
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
+        # Of its own, so that neither the model nor num_workers changes the order.
+        self._shuffle = torch.Generator()
 
     @abstractmethod
     def load_split(self, train: bool) -> tuple[Dataset[Any], npt.ArrayLike]:
@@ -176,13 +178,20 @@ class ImageDataModule(LightningDataModule, ABC):
             self.val_set = TransformedSubset(dataset, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")
             self._check_shape(self.train_set, "train_transform")
-            # Of its own, so that neither the model nor num_workers changes the order; made here,
-            # so that Lightning's reloading of the loaders doesn't start the order anew.
-            self._shuffle = torch.Generator().manual_seed(torch.initial_seed())
+            # Here, so that Lightning's reloading of the loaders doesn't start the order anew.
+            self._shuffle.manual_seed(torch.initial_seed())
         else:
             dataset, labels = self._load_checked(train=False)
             self.test_set = TransformedSubset(dataset, np.arange(len(labels)), evaluation)
             self._check_shape(self.test_set, "the evaluation transform")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the shuffling, so that a resumed run goes on with the same order."""
+        return {"shuffle": self._shuffle.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's shuffling."""
+        self._shuffle.set_state(state_dict["shuffle"].cpu())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""

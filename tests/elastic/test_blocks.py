@@ -264,6 +264,12 @@ def test_layer_that_mixes_samples_where_it_does_not_show_yet():
         trace(Around(blocks=[Add(), block]), (3, 8, 8))
 
 
+def test_layer_that_mixes_samples_whatever_their_sign():
+    net = nn.Sequential(Lambda(lambda images: images / images.norm()), Around())
+    with pytest.raises(ValueError, match=r"0 \(Lambda\) mixes the samples"):
+        trace(net, (3, 8, 8))
+
+
 def test_backbone_that_mixes_samples_itself():
     with pytest.raises(ValueError, match=r"Around\) mixes the samples"):
         trace(Around(after=lambda logits: logits / logits.norm()), (3, 8, 8))
@@ -341,13 +347,12 @@ class Folded(Around):
         self.together = together
 
     def forward(self, x):
-        n = len(x)
         x = self.stem(x).unflatten(2, (4, 2))  # N, C, 4, H / 4, W
         x = x.transpose(1, 2) if self.together else x.permute(2, 0, 1, 3, 4)
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x)
-        x = x.view(n, -1) if self.together else x.view(4, n, -1).transpose(0, 1).flatten(1)
+        x = x.unflatten(0, (-1, 4)) if self.together else x.unflatten(0, (4, -1)).transpose(0, 1)
         return self.head(x)
 
 

@@ -294,6 +294,23 @@ def test_batch_norm_without_running_statistics(toys, training):
     close(net.packed(images), torch.stack(expected))
 
 
+class RemembersBatchSize(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        n = len(x)
+        x = self.backbone.stages(self.backbone.stem(x).abs())
+        return x.view(n, 4, -1).mean(2)
+
+
+def test_backbone_that_remembers_the_batch_size_is_not_misread(toys):
+    backbone = RemembersBatchSize(toys.build(stages=[(2, False)]))
+    with pytest.raises((ValueError, RuntimeError)):
+        ElasticNet(backbone, SHAPE, depths=2).packed(torch.randn(3, 3, 8, 8).double())
+
+
 # What runs
 
 
