@@ -1,0 +1,60 @@
+"""The benchmark scripts run, and the tables in the docs are those of the results."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def script(pytestconfig):
+    def run(name, *args):
+        path = pytestconfig.rootpath / "benchmarks" / name
+        words = [sys.executable, str(path), *map(str, args)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_tables_are_up_to_date(script):
+    done = script("make_tables.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_table_is_empty(pytestconfig):
+    pages = [pytestconfig.rootpath / "README.md", *pytestconfig.rootpath.glob("docs/*.md")]
+    tables = [
+        table
+        for page in pages
+        for table in re.findall(r"<!-- table: \w+ -->\n(.*?)<!-- end -->", page.read_text(), re.S)
+    ]
+    assert len(tables) >= 3
+    assert all(table.count("\n|") >= 3 for table in tables)
+
+
+@pytest.mark.slow
+def test_packed_forward(script, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--only", "ResNet-20 (CIFAR)", "--batch-size", 2, "--repeats", 1, "--threads", 1]
+    done = script("packed_forward.py", *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    # By hand: depths keep 7, 5, 4 (of 3½), 2 and 0 of 7 blocks; packed, each block runs once.
+    assert [sum(kept) for kept in row["blocks_per_stage"]] == [7, 5, 4, 2, 0]
+    assert row["blocks_ratio"] == pytest.approx(18 / 7)
+    assert 1 < row["ceiling"] < 18 / 7
+
+
+@pytest.mark.slow
+def test_accuracy(script, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 0, "--jobs", 1]
+    done = script("accuracy.py", *options, "--methods", "team", "alone", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["net"] for row in rows} == {"leader", "a", "b", "ensemble", "alone"}
+    depths = {row["depth"] for row in rows if row["net"] == "alone"}
+    assert depths == {row["depth"] for row in rows if row["net"] == "a"}
+    assert all(0 <= row[split] <= 1 for row in rows for split in ("val", "test"))
