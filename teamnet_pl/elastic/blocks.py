@@ -234,6 +234,10 @@ def _refuse_mixing(probe: nn.Module, images: Tensor, blocks: Sequence[Block]) ->
             if module.running_mean is None:  # or it would mix in evaluation too
                 module.running_mean = torch.zeros(module.num_features).to(images)
                 module.running_var = torch.ones(module.num_features).to(images)
+    generator = torch.Generator(images.device).manual_seed(0)
+    for parameter in probe.parameters():
+        if parameter.abs().max() <= 1e-2:  # behind weights of zero nothing would show
+            nn.init.normal_(parameter, std=0.1, generator=generator)
     features: list[tuple[str, Tensor]] = []
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -244,7 +248,7 @@ def _refuse_mixing(probe: nn.Module, images: Tensor, blocks: Sequence[Block]) ->
         for name, module in probe.named_modules():
             handles.append(module.register_forward_hook(partial(record, name)))
         _forward(probe, images)
-        _forward(probe, torch.stack([images[0], -images[1]]))
+        _forward(probe, torch.stack([images[0], 2 * images[1] + 1]))
     half = len(features) // 2
     pairs = zip(features[:half], features[half:], strict=True)
     same = {name: torch.allclose(a, b, rtol=1e-4, atol=1e-5) for (name, a), (_, b) in pairs}

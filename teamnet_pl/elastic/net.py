@@ -191,7 +191,7 @@ class ElasticNet(nn.Module):
         """
         with self._selected(None):
             logits: Tensor = self.backbone(images)
-        return logits.view(len(self.depths), len(images), -1)
+        return logits.view(len(self.depths), len(images), logits.shape[-1])
 
     def extract(self, depth: DepthLike) -> nn.Module:
         """Copies one depth out as a plain net.

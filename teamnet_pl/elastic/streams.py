@@ -28,6 +28,10 @@ class Selection:
 
     depth: int | None = 0
 
+    def __reduce__(self) -> tuple[type[Selection], tuple[()]]:
+        """A copy is not within the scope that the original is in."""
+        return Selection, ()
+
 
 @dataclass(frozen=True)
 class Fork:

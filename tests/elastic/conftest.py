@@ -160,6 +160,4 @@ def one_thread():
 @pytest.fixture(scope="session")
 def toys():
     """What is in this file, for the tests beside it."""
-    return SimpleNamespace(
-        build=build, names_by_hand=names_by_hand, by_hand=by_hand, train=train, Residual=Residual
-    )
+    return SimpleNamespace(build=build, names_by_hand=names_by_hand, by_hand=by_hand, train=train)

@@ -335,3 +335,11 @@ def test_backbone_with_synchronised_batch_norm(toys, images):
     for net in nets:
         toys.train(net)
     same(outputs(nets[1].eval(), images), outputs(nets[0].eval(), images))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_made_within_a_scope_is_outside_of_it(make, images, duplicate):
+    net = make()
+    with net.at(net.depths[-1]):
+        made = duplicate(net)
+    same(made(images), net(images))
