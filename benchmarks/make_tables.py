@@ -89,7 +89,6 @@ def per_depth(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
-    "accuracy_policies": accuracy,
     "digits": per_depth,
 }
 

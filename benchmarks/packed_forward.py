@@ -15,7 +15,6 @@ import ctypes
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,9 +99,16 @@ def peak_memory(args: argparse.Namespace, case: Case, method: str) -> int:
         before = torch.cuda.memory_allocated()
         step(), step()
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
     step(), step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of this process that are in memory, now (VmRSS) or at the peak (VmHWM); Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def arithmetic(step: Callable[[], None]) -> int:
@@ -154,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--policy", default="last_stage_first")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")

@@ -116,9 +116,12 @@ def assert_same_state(found, expected, **tolerance) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
+    """Tiny nets are slower on more, and much slower where processes share the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for subprocesses
+        yield
     torch.set_num_threads(before)
 
 

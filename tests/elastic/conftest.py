@@ -149,14 +149,6 @@ def train(net: ElasticNet, steps: int = 2, shape=(3, 3, 8, 8)) -> None:
         optimizer.step()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def toys():
     """What is in this file, for the tests beside it."""
