@@ -124,10 +124,10 @@ class TeamCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""
         if self._get(self.config, "test_after_fit"):
-            # A fast_dev_run saves no checkpoint.
-            fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            best = None if fast else "best"
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
+            # Not by `ckpt_path`: a callback that averages weights would restore the last ones.
+            if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
+                self.model.load_state_dict(load_checkpoint(best)["state_dict"])
+            self.trainer.test(self.model, datamodule=self.datamodule)
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:

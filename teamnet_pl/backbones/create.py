@@ -66,6 +66,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
         FileNotFoundError: If there is no such file with weights.
 
     Example:
+        >>> import torch
         >>> net = create_backbone(BackboneConfig("timm/resnet18"), num_classes=7, in_channels=1)
         >>> net(torch.randn(2, 1, 64, 64)).shape
         torch.Size([2, 7])
