@@ -189,6 +189,15 @@ def own_nets(tmp_path_factory):
 OWN_NETS = '''
 from torch import nn
 
+from teamnet_pl.data import Digits
+
+
+class FewDigits(Digits):
+    """Keeps few images, or all."""
+
+    def __init__(self, keep: int | None = 100, **kwargs):
+        super().__init__(train_size=keep, **kwargs)
+
 
 class Residual(nn.Module):
     def __init__(self, width):

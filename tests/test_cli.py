@@ -12,6 +12,7 @@ import yaml
 from teamnet_pl import Team
 
 OPTION = "--data.init_args.batch_size"
+BEST = "logs/version_0/checkpoints/best.ckpt"
 
 
 def metrics(folder, version="*"):
@@ -53,8 +54,7 @@ def fitted(cli, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def best(fitted):
-    (path,) = fitted.glob("logs/version_0/checkpoints/best.ckpt")
-    return path
+    return fitted / BEST
 
 
 def test_fit_trains_validates_and_tests(fitted, best, tiny):
@@ -100,11 +100,33 @@ def test_a_checkpoint_is_all_that_test_needs(
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_options_override_the_checkpoints_config(cli, best, tmp_path, first):
-    args = [OPTION, 48, "--ckpt_path", best] if first else ["--ckpt_path", best, OPTION, 48]
+    options, checkpoint = [OPTION, 48, "--model.label_smoothing", 0.2], ["--ckpt_path", best]
+    args = [*options, *checkpoint] if first else [*checkpoint, *options]
     cli(tmp_path, "test", *args, tiny=False)
     found = config(tmp_path)
     assert found["data"]["init_args"]["batch_size"] == 48
+    assert found["model"]["label_smoothing"] == 0.2
     assert found["model"]["a"]["options"] == {"width": 4}
+
+
+def test_a_checkpoint_brings_values_that_are_null(cli, own_nets, tmp_path):
+    """Of which the default is another."""
+    data = {"class_path": "own_nets.FewDigits", "init_args": {"keep": None}}
+    options = ["--data", json.dumps(data), "--model.leader", "null"]
+    cli(tmp_path, "fit", *options)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
+    assert config(tmp_path, version=1)["data"]["init_args"]["keep"] is None
+    found = measured(metrics(tmp_path, version=1), "test")
+    assert "test/accuracy/a/d7" in found
+    assert "test/accuracy/leader" not in found
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists:UserWarning")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_the_saved_config_is_that_of_the_last_run_in_a_folder(cli, tmp_path):
+    for size in (20, 30):
+        cli(tmp_path, "fit", "--trainer.logger.init_args.version", 0, OPTION, size)
+    assert config(tmp_path)["data"]["init_args"]["batch_size"] == 30
 
 
 def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
@@ -158,8 +180,7 @@ def test_the_team_that_a_checkpoint_holds_may_have_started_from_a_file(cli, best
     options = ["--model.leader.checkpoint", start, "--model.leader.checkpoint_prefix", "leader."]
     cli(tmp_path, "fit", *options)
     start.unlink()
-    checkpoint = tmp_path / "logs/version_0/checkpoints/best.ckpt"
-    cli(tmp_path, "test", "--ckpt_path", checkpoint, tiny=False)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
     assert "test/accuracy/leader" in metrics(tmp_path, version=1)
 
 
@@ -307,8 +328,7 @@ def test_an_averaged_run_tests_its_averaged_weights(cli, tmp_path):
     }
     options = ["--trainer.callbacks", json.dumps([ema]), "--test_after_fit", "true"]
     cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 20)
-    best = tmp_path / "logs/version_0/checkpoints/best.ckpt"
-    cli(tmp_path, "test", "--ckpt_path", best, tiny=False)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
     expected = measured(metrics(tmp_path, version=1), "test")
     assert measured(metrics(tmp_path, version=0), "test") == pytest.approx(expected, abs=1e-5)
 

@@ -76,10 +76,11 @@ def plain(value) -> None:
             plain(inner)
 
 
-def test_a_checkpoint_needs_no_file_that_the_team_started_from(tiny, tmp_path):
+@pytest.mark.parametrize("member", ["leader", "a", "b"])
+def test_a_checkpoint_needs_no_file_that_the_team_started_from(tiny, tmp_path, member):
     start = tmp_path / "start.pt"
     torch.save(tiny.team().leader.state_dict(), start)
-    team = tiny.team(leader={"checkpoint": str(start)})
+    team = tiny.team(**{member: {"checkpoint": str(start)}})
     path = save(tiny, team, tmp_path)
     start.unlink()
     tiny.assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())

@@ -92,8 +92,11 @@ def test_optimizers_by_name(name, expected, values):
 
 @pytest.mark.parametrize(("name", "meant"), [("adamv", "adamw"), ("sgdd", "sgd"), ("x", "sgd")])
 def test_unknown_optimizers_are_answered_with_near_ones(name, meant):
-    with pytest.raises(ValueError, match=f"no optimiser '{name}'. Did you mean .*'{meant}'"):
+    with pytest.raises(
+        ValueError, match=f"no optimiser '{name}'. Did you mean .*'{meant}'"
+    ) as error:
         OptimizerConfig(name)
+    assert ("'rmsprop'" in str(error.value)) == (name == "x")
 
 
 def test_options_that_an_optimizer_does_not_take_are_refused():

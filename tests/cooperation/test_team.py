@@ -193,6 +193,30 @@ def test_members_are_named_by_teammate_and_depth(tiny):
 
 
 @pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, [(3, 2, 2), (3, 1, 0), (0, 0, 0)]),
+        ({"policy": "round_robin"}, [(3, 2, 2), (2, 1, 1), (0, 0, 0)]),
+        ({"depths": [7, 6], "policy": "first_stage_first"}, [(3, 2, 2), (2, 2, 2)]),
+        ({"interleaved": True}, [(3, 2, 2), (3, 2, 0), (2, 0, 0)]),
+        ({"blocks": ["layer1.*"], "depths": 2}, [(3,), (0,)]),
+        ({"depths": [[3, 2, 2], [1, 1, 0]]}, [(3, 2, 2), (1, 1, 0)]),
+    ],
+    ids=str,
+)
+def test_a_teammate_has_the_depths_of_its_config(tiny, config, expected):
+    found = tiny.team(a=config).elastic_nets["a"].depths
+    assert [depth.per_stage for depth in found] == expected
+
+
+@pytest.mark.parametrize("per_depth", [False, True])
+def test_a_teammate_shares_the_weights_of_its_norms_or_not(tiny, per_depth):
+    net = tiny.team(a={"per_depth_affine": per_depth}).elastic_nets["a"]
+    (copy, *_) = net.norms["layer3-0-bn1"]
+    assert (copy.weight is net.backbone.layer3[0].bn1.weight) != per_depth
+
+
+@pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing"),

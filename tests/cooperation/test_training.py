@@ -134,7 +134,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 == self.epochs
 
 
-def fit(tiny, folder, data, epochs=4, resume=None, **kwargs):
+def fit(tiny, folder, data, batches, epochs=4, resume=None, **kwargs):
     """Trains for four epochs at most; returns weights, optimiser and the last metrics."""
     team = tiny.team(**kwargs)
     callbacks = [ModelCheckpoint(folder, save_last=True), StopAfter(epochs)]
@@ -142,7 +142,7 @@ def fit(tiny, folder, data, epochs=4, resume=None, **kwargs):
         folder,
         callbacks=callbacks,
         enable_checkpointing=True,
-        limit_train_batches=3,
+        limit_train_batches=batches,
         limit_val_batches=2,
         max_epochs=4,
     )
@@ -169,15 +169,20 @@ class Unshuffled(pl.LightningDataModule):
         return self.digits.val_dataloader()
 
 
-@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
-def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, shuffled):
-    def data():
-        return tiny.digits() if shuffled else Unshuffled(tiny.digits())
+@pytest.mark.parametrize(
+    ("shuffled", "batches"),
+    [(False, 3), (True, 2), (True, None)],
+    ids=["in order", "shuffled", "shuffled, whole epochs"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, shuffled, batches):
+    def run(folder, **kwargs):
+        data = tiny.digits(train_size=100)
+        data = data if shuffled else Unshuffled(data)
+        return fit(tiny, tmp_path / folder, data, batches, **kwargs)
 
-    whole = fit(tiny, tmp_path / "whole", data())
-    half = fit(tiny, tmp_path / "half", data(), epochs=2)
-    checkpoint = tmp_path / "half" / "last.ckpt"
-    resumed = fit(tiny, tmp_path / "resumed", data(), resume=checkpoint, seed=1)
+    whole = run("whole")
+    half = run("half", epochs=2)
+    resumed = run("resumed", resume=tmp_path / "half" / "last.ckpt", seed=1)
     assert whole[2]["train/loss"] != half[2]["train/loss"]
     tiny.assert_same_state(resumed[0], whole[0])
     torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
