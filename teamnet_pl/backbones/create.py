@@ -83,7 +83,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
             _unknown(config.name, (f"torchvision/{own}" for own in models))
         factory, channels = torchvision.models.get_model_builder(name), None
     elif library == "timm":
-        if not timm.is_model(name.partition(".")[0]):
+        if not timm.is_model(name):
             _unknown(config.name, (f"timm/{own}" for own in timm.list_models()))
         factory, channels = _partial(timm.create_model, model_name=name), "in_chans"
     else:

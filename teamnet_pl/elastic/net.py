@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,9 @@ class ElasticNet(nn.Module):
     def _install(self) -> None:
         """Puts the forwards in place, again where a module was replaced (by a SyncBatchNorm)."""
         for name, forward in self._forwards.items():
-            module = self.backbone.get_submodule(name)
+            module = self.backbone
+            for key in name.split("."):  # at every use of the net; `get_submodule` is much slower
+                module = cast(nn.Module, module._modules[key])
             if vars(module).get("forward") is not forward:
                 forward.module = module
                 module.forward = forward
