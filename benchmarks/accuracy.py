@@ -10,19 +10,16 @@ a default), and on the test split, which is for reporting. Example::
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
-import sys
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from results_file import save_results
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -37,6 +34,7 @@ from teamnet_pl.cooperation import (
     Team,
     TeammateConfig,
 )
+from teamnet_pl.cooperation.optimization import configure
 from teamnet_pl.data import Digits, FashionMNIST
 from teamnet_pl.elastic import ElasticNet, cost
 
@@ -91,20 +89,17 @@ class Alone(LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.accuracy.update(self.net(batch[0]), batch[1])
-        self.log("val/accuracy", self.accuracy)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
         self.accuracy.update(self.net(batch[0]), batch[1])
-        self.log("test/accuracy", self.accuracy)
+        self.log(f"{split}/accuracy", self.accuracy)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer.create(self)
-        scheduler = self.schedule.create(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return configure(self, self.optimizer, self.schedule)
 
 
 def data_module(args: argparse.Namespace) -> LightningDataModule:
@@ -209,15 +204,8 @@ def main() -> None:
         }
         for job in as_completed(jobs):
             rows += job.result()
-            done = {
-                "command": "python " + " ".join(sys.argv),
-                "date": date.today().isoformat(),
-                "machine": f"{platform.machine()}, torch {torch.__version__}",
-                "settings": vars(args),
-                "rows": sorted(rows, key=lambda r: (r["method"], r["seed"], r["net"], -r["macs"])),
-            }
-            with open(args.out, "w") as file:
-                json.dump(done, file, indent=1)
+            rows.sort(key=lambda r: (r["method"], r["seed"], r["net"], -r["macs"]))
+            save_results(args, rows)
             print(*jobs[job], "done", flush=True)
 
 

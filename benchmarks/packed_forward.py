@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from results_file import save_results
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,8 +171,8 @@ def main() -> None:
         # Keep freed memory, as CUDA's caching allocator does: by default glibc hands large tensors
         # back to the system and pays for every page anew.
         libc = ctypes.CDLL(None)
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(parameter, 2**31 - 1 if parameter == -1 else 2**25)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
     rows = []
     for case in CASES:
@@ -187,16 +185,9 @@ def main() -> None:
             f"memory {row['memory_ratio']:.2f} times",
             flush=True,
         )
-    cuda = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
-    done = {
-        "command": "python " + " ".join(sys.argv),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {cuda}, torch {torch.__version__}",
-        "settings": vars(args),
-        "rows": rows,
-    }
-    with open(args.out, "w") as file:
-        json.dump(done, file, indent=1)
+    on_gpu = args.device == "cuda"
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
+    save_results(args, rows, hardware)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import Optimizer
@@ -95,3 +97,21 @@ class ScheduleConfig:
     def create(self, optimizer: Optimizer, steps: int) -> LambdaLR:
         """Makes the scheduler of a training of that many steps."""
         return LambdaLR(optimizer, partial(self.factor, steps=steps))
+
+
+def configure(
+    module: LightningModule, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> OptimizerLRScheduler:
+    """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
+
+    Args:
+        module: Has a trainer, which knows the number of steps.
+        optimizer: The optimiser of all its parameters that need a gradient.
+        schedule: The learning rate; it stays at its peak in a training without an end.
+    """
+    created = optimizer.create(module)
+    steps = module.trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        return created
+    scheduler = schedule.create(created, int(steps))
+    return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

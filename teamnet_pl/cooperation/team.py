@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
-from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
+from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig, configure
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
 
@@ -298,15 +298,7 @@ class Team(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser for all members, its learning rate scheduled by the step."""
-        optimizer = self.optimizer_config.create(self)
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return optimizer
-        scheduler = self.schedule_config.create(optimizer, int(steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return configure(self, self.optimizer_config, self.schedule_config)
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
