@@ -89,6 +89,17 @@ def logits_by_hand(team: Team, images) -> dict[str, torch.Tensor]:
     return logits
 
 
+def extracted_logits(team: Team, images) -> dict[str, torch.Tensor]:
+    """Logits in evaluation, each member alone as a net of its own."""
+    team.eval()
+    with torch.no_grad():
+        logits = {} if team.leader is None else {"leader": team.leader(images)}
+        for name, net in team.elastic_nets.items():
+            for depth in net.depths:
+                logits[f"{name}/{depth}"] = net.extract(depth).eval()(images)
+    return logits
+
+
 class Recorder(pl.Callback):
     """Keeps the weights after each step and the learning rate of each step."""
 
@@ -134,6 +145,7 @@ def tiny():
         constant=ScheduleConfig(warmup=0.0, final=1.0),
         digits=make_digits,
         logits_by_hand=logits_by_hand,
+        extracted_logits=extracted_logits,
         plain_nets=plain_nets,
         snapshot=snapshot,
         team=make_team,

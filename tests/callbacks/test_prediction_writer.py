@@ -19,14 +19,7 @@ def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
         rows = list(csv.DictReader(file))
 
     images = torch.cat([images for images, _ in data.predict_dataloader()])
-    logits = {}
-    team.eval()
-    with torch.no_grad():
-        if team.leader is not None:
-            logits["leader"] = team.leader(images)
-        for name, net in team.elastic_nets.items():
-            for depth in net.depths:
-                logits[f"{name}/{depth}"] = net.extract(depth).eval()(images)
+    logits = tiny.extracted_logits(team, images)
     labels = {member: own.argmax(1).tolist() for member, own in logits.items()}
     if "b/d7" in logits:
         both = logits["a/d7"].softmax(1) + logits["b/d7"].softmax(1)

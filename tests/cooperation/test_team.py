@@ -250,16 +250,9 @@ def measured(probabilities, labels):
     return found
 
 
-def metrics_by_hand(team, stage, images, labels):
-    team.eval()
-    found = {}
-    with torch.no_grad():
-        if team.leader is not None:
-            found["leader"] = team.leader(images)
-        for name, net in team.elastic_nets.items():
-            for depth in net.depths:
-                found[f"{name}/{depth}"] = net.extract(depth).eval()(images)
-    found = {member: logits.double().softmax(-1).numpy() for member, logits in found.items()}
+def metrics_by_hand(tiny, team, stage, images, labels):
+    logits = tiny.extracted_logits(team, images)
+    found = {member: own.double().softmax(-1).numpy() for member, own in logits.items()}
     accuracies = [
         (own.argmax(1) == labels).mean() for member, own in found.items() if member != "leader"
     ]
@@ -286,7 +279,7 @@ def test_metrics_are_those_of_each_depth_over_the_whole_split(tiny, tmp_path, me
     loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert len(labels) % 64
-    expected = metrics_by_hand(team, stage, images, labels.numpy())
+    expected = metrics_by_hand(tiny, team, stage, images, labels.numpy())
     assert len({value for name, value in expected.items() if "/loss/" in name}) > 2
     assert found == pytest.approx(expected, abs=1e-5)
 
@@ -297,7 +290,7 @@ def test_five_classes_have_no_top5(tiny, tmp_path):
     team = tiny.team(num_classes=5)
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)
     (found,) = tiny.trainer(tmp_path).test(team, loader, verbose=False)
-    expected = metrics_by_hand(team, "test", images, labels.numpy())
+    expected = metrics_by_hand(tiny, team, "test", images, labels.numpy())
     assert not any("top5" in name for name in expected)
     assert found == pytest.approx(expected, abs=1e-5)
 
@@ -308,7 +301,7 @@ def test_metrics_of_a_fit_start_anew_each_epoch(tiny, tmp_path):
     trainer.fit(team, data)
     found = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
-    expected = metrics_by_hand(team, "val", images, labels.numpy())
+    expected = metrics_by_hand(tiny, team, "val", images, labels.numpy())
     assert found == pytest.approx(expected, abs=1e-5)
 
 
