@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from lightning.pytorch.cli import (
 from teamnet_pl import cooperation, data
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 
@@ -153,8 +155,33 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
     return [*args[:first], "--config", checkpoint[_CONFIG_KEY], *args[first:]]
 
 
+def run_command(name: str, words: list[str]) -> None:
+    """Runs one of our own subcommands."""
+    command = COMMANDS[name]
+    parser = TeamArgumentParser(prog=f"teamnet {name}", description=_summary(command))
+    parser.add_argument("--config", action="config", help="Path to a YAML file of options.")
+    parser.add_function_arguments(command, as_group=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--json` means `--json true`
+            action.nargs, action.const = "?", True
+    arguments = parser.instantiate(parser.parse_args(words)).as_dict()
+    try:
+        command(**{key: value for key, value in arguments.items() if key != "config"})
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _summary(command: Callable[..., None]) -> str:
+    return (inspect.getdoc(command) or "").partition("\n")[0]
+
+
 def main(args: ArgsType = None) -> None:
     """Runs the command line."""
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        run_command(words[0], words[1:])
+        return
+    own = "".join(f"\n  {name:20}{_summary(command)}" for name, command in COMMANDS.items())
     TeamCLI(
         Team,
         ImageDataModule,
@@ -168,6 +195,7 @@ def main(args: ArgsType = None) -> None:
             }
         },
         parser_class=TeamArgumentParser,
+        parser_kwargs={"epilog": f"besides training:{own}"},
         seed_everything_default=0,
         # The team keeps its own: Lightning's lack what the data tells the team.
         load_from_checkpoint_support=False,

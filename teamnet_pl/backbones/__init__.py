@@ -1,6 +1,6 @@
 """Backbones by name: plain nets that map a batch of images to logits."""
 
 from teamnet_pl.backbones.cifar_resnet import CifarResNet
-from teamnet_pl.backbones.create import BackboneConfig, create_backbone
+from teamnet_pl.backbones.create import BackboneConfig, create_backbone, own_input_shape
 
-__all__ = ["BackboneConfig", "CifarResNet", "create_backbone"]
+__all__ = ["BackboneConfig", "CifarResNet", "create_backbone", "own_input_shape"]

@@ -108,6 +108,20 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
     return backbone
 
 
+def own_input_shape(config: BackboneConfig) -> tuple[int, int, int]:
+    """The image shape that a backbone was designed for.
+
+    Returns:
+        Channels, height and width: what timm says of its models, 32² for ``cifar/``, else 224².
+    """
+    library, _, name = config.name.partition("/")
+    if library == "timm" and (known := timm.get_pretrained_cfg(name)):
+        channels, height, width = known.input_size
+        return channels, height, width
+    size = 32 if library == "cifar" else 224
+    return 3, size, size
+
+
 def _partial(factory: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
     return lambda **arguments: factory(**fixed, **arguments)
 
