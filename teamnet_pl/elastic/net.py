@@ -10,11 +10,20 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from teamnet_pl.elastic.blocks import trace
+from teamnet_pl.elastic.blocks import Trace, trace
 from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.extraction import without_blocks
-from teamnet_pl.elastic.streams import PerStreamForward, Plan, Selection, SkippableForward
+from teamnet_pl.elastic.mixing import show_weights
+from teamnet_pl.elastic.streams import (
+    ElasticForward,
+    ExpandingForward,
+    PerStreamForward,
+    Plan,
+    Selection,
+    SkippableForward,
+    fork_levels,
+)
 
 DepthLike: TypeAlias = Depth | str | int
 """A depth of a net, or its name (``"d9"``), or the number of blocks that it keeps (``9``)."""
@@ -24,7 +33,8 @@ class ElasticNet(nn.Module):
     """A backbone that runs at any of its depths, by shared weights.
 
     The backbone stays as it is, module tree, parameter names and classes: skippable blocks and
-    batch norms only get a ``forward`` of their own. Parameters are shared by all depths. Batch norm
+    batch norms only get a ``forward`` of their own, and so do other layers that mix the samples of
+    a batch, for which the same holds. Parameters are shared by all depths. Batch norm
     keeps running statistics per depth (in `norms`; those of the deepest depth stay in the
     backbone), shared by depths that run the same blocks up to there, since theirs are equal.
 
@@ -46,8 +56,8 @@ class ElasticNet(nn.Module):
         depths: The depths, the deepest first.
 
     Raises:
-        ValueError: If the backbone has no skippable blocks, mixes samples of a batch in another way
-            than by batch norm, or is elastic already; or if the depths do not fit it.
+        ValueError: If the backbone has no skippable blocks, mixes samples of a batch around them, or
+            is elastic already; or if the depths do not fit it.
 
     Example:
         >>> import torch, torchvision
@@ -78,6 +88,11 @@ class ElasticNet(nn.Module):
         per_depth_affine: bool = False,
     ) -> None:
         super().__init__()
+        for name, module in backbone.named_modules():
+            if isinstance(vars(module).get("forward"), ElasticForward):
+                raise ValueError(
+                    f"{name or type(backbone).__name__} is elastic already: pass a plain copy."
+                )
         found = trace(backbone, input_shape, blocks)
         self.backbone = backbone
         self.input_shape = tuple(input_shape)
@@ -86,37 +101,91 @@ class ElasticNet(nn.Module):
         self.depths = derive_depths(found.stages, depths, policy, interleaved)
         self.norms = nn.ModuleDict()
         self._selection = Selection()
-        self._forwards: dict[str, SkippableForward | PerStreamForward] = {}
+        self._forwards: dict[str, ElasticForward] = {}
+        problems = []
+        for level in range(fork_levels(found)):
+            problem = self._make_elastic(found, level, per_depth_affine)
+            if problem is None:
+                return
+            problems.append(problem)
+        raise ValueError(
+            f"{type(backbone).__name__} cannot run its depths in one pass: {problems[-1]}"
+        )
 
-        plan = Plan.of(self.depths)
-        for index, block in enumerate(self.blocks):
-            kept = tuple(depth.kept[index] for depth in self.depths)
+    def _make_elastic(self, found: Trace, level: int, per_depth_affine: bool) -> str | None:
+        """Lets streams fork at a level, see `Plan.of`, and says what is wrong with that."""
+        try:
+            self._attach(found, Plan.of(self.depths, found, level), per_depth_affine)
+            self._check_packed()
+        except Exception as error:  # whatever a net does with features of another batch size
+            self._detach()
+            return str(error)
+        return None
+
+    def _attach(self, found: Trace, plan: Plan, per_depth_affine: bool) -> None:
+        """Gives the backbone's modules their forwards."""
+        for index, block in enumerate(found.blocks):
             self._forwards[block.name] = SkippableForward(
-                backbone.get_submodule(block.name), self._selection, kept, plan.forks[index]
+                self.backbone.get_submodule(block.name),
+                self._selection,
+                tuple(depth.kept[index] for depth in self.depths),
+                plan.forks[block.name],
+                block.hands_on,
+                found.batched[block.name],
             )
-        for name, (begun, inside) in found.norms.items():
-            norm = backbone.get_submodule(name)
-            streams = plan.streams(begun, inside)
-            copies = nn.ModuleList(copy.deepcopy(norm) for _ in streams[1:])
+        for name, expansion in plan.expansions.items():
+            self._forwards[name] = ExpandingForward(
+                self.backbone.get_submodule(name), self._selection, expansion, found.batched[name]
+            )
+        for name, streams in plan.streams.items():
+            layer = self.backbone.get_submodule(name)
+            copies = nn.ModuleList(copy.deepcopy(layer) for _ in streams.starts[1:])
             if not copies:
                 continue
             if not per_depth_affine:
                 for each in copies:
-                    for mine, shared in zip(each.modules(), norm.modules(), strict=True):
+                    for mine, shared in zip(each.modules(), layer.modules(), strict=True):
                         # The dict itself: weights stay shared whatever replaces them.
                         mine._parameters = shared._parameters
-            runs = [inside is None or depth.kept[inside] for depth in self.depths]
-            stream_at = (sum(start <= i for start in streams) - 1 for i in range(sum(runs)))
+            stream_at = tuple(
+                sum(start <= index for start in streams.starts) - 1
+                for index in range(streams.depths)
+            )
             # Module names cannot hold dots.
             self.norms[name.replace(".", "-")] = copies
-            self._forwards[name] = PerStreamForward(norm, self._selection, copies, tuple(stream_at))
+            self._forwards[name] = PerStreamForward(layer, self._selection, copies, stream_at)
         self._install()
+
+    def _detach(self) -> None:
+        """Takes the forwards off again."""
+        for forward in self._forwards.values():
+            vars(forward.module).pop("forward", None)
+            if forward.own is not None:
+                forward.module.forward = forward.own
+        self._forwards.clear()
+        self.norms.clear()
+
+    def _check_packed(self) -> None:
+        """Holds the packed forward of a copy against one forward for each depth."""
+        trial = copy.deepcopy(self)
+        show_weights(trial)
+        images = example_images(self, 2, self.input_shape)
+        with evaluation(trial):
+            packed = trial.packed(images)
+            for depth, logits in zip(trial.depths, packed, strict=True):
+                with trial.at(depth):
+                    alone = trial(images)
+                apart = float((logits - alone).abs().max())
+                if apart > torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max()):
+                    raise ValueError(f"at {depth} its outputs would be {apart:.2g} apart.")
 
     def _install(self) -> None:
         """Puts the forwards in place, again where a module was replaced (by a SyncBatchNorm)."""
         for name, forward in self._forwards.items():
             module = self.backbone
-            for key in name.split("."):  # at every use of the net; `get_submodule` is much slower
+            for key in (
+                name.split(".") if name else ()
+            ):  # at every use of the net; `get_submodule` is much slower
                 module = cast(nn.Module, module._modules[key])
             if vars(module).get("forward") is not forward:
                 forward.module = module
@@ -214,6 +283,8 @@ class ElasticNet(nn.Module):
         for name, own in self._forwards.items():
             module = plain.get_submodule(name)
             vars(module).pop("forward", None)
+            if own.own is not None:
+                module.forward = copy.deepcopy(own.own, {id(own.module): module})
             if isinstance(own, PerStreamForward) and index < len(own.stream_at):
                 stream = own.stream_at[index]
                 if stream:

@@ -233,79 +233,6 @@ def test_backbone_that_is_another_in_training(in_training, message):
         trace(net, (3, 8, 8))
 
 
-class CenterOnBatch(nn.Module):
-    """A layer that mixes the samples of a batch."""
-
-    def forward(self, x):
-        return x - x.mean(0)
-
-
-class CenterInTraining(nn.Module):
-    def forward(self, x):
-        return x - x.mean(0) if self.training else x
-
-
-@pytest.mark.parametrize("layer", [CenterOnBatch, CenterInTraining])
-def test_layer_that_mixes_samples(layer):
-    with pytest.raises(ValueError, match=rf"between \({layer.__name__}\) mixes the samples"):
-        trace(Around(layer()), (3, 8, 8))
-    block = Add()
-    block.conv = nn.Sequential(block.conv, layer())
-    with pytest.raises(ValueError, match=rf"blocks.1.conv.1 \({layer.__name__}\) mixes"):
-        trace(Around(blocks=[Add(), block]), (3, 8, 8))
-
-
-def test_layer_that_mixes_samples_where_it_does_not_show_yet():
-    """As where the last layer of a residual branch starts at zero."""
-    block, last = Add(), nn.Conv2d(4, 4, 1)
-    nn.init.zeros_(last.weight)
-    block.conv = nn.Sequential(block.conv, CenterOnBatch(), last)
-    with pytest.raises(ValueError, match=r"blocks.1.conv.1 \(CenterOnBatch\) mixes"):
-        trace(Around(blocks=[Add(), block]), (3, 8, 8))
-
-
-def test_layer_that_mixes_samples_whatever_their_sign():
-    net = nn.Sequential(Lambda(lambda images: images / images.norm()), Around())
-    with pytest.raises(ValueError, match=r"0 \(Lambda\) mixes the samples"):
-        trace(net, (3, 8, 8))
-
-
-def test_backbone_that_mixes_samples_itself():
-    with pytest.raises(ValueError, match=r"Around\) mixes the samples"):
-        trace(Around(after=lambda logits: logits / logits.norm()), (3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Dropout(0.5),
-        nn.GroupNorm(2, 4),
-        nn.InstanceNorm2d(4),
-        nn.BatchNorm2d(4),
-        nn.SyncBatchNorm(4),
-        Lambda(lambda x: x / x.flatten(1).norm(dim=1)[:, None, None, None]),
-    ],
-    ids=lambda layer: str(layer),
-)
-def test_layers_that_do_not_mix_samples_or_can_be_kept_apart(layer):
-    assert skippable(Around(layer), (3, 8, 8)) == ["blocks.0", "blocks.1"]
-
-
-def test_batch_norm_that_runs_at_two_places():
-    norm, first, second = nn.BatchNorm2d(4), Add(), Add()
-    first.norm = norm
-    first.conv = nn.Sequential(first.conv, norm)
-    second.conv = nn.Sequential(second.conv, norm)
-    with pytest.raises(ValueError, match=r"conv\.1 runs in several places"):
-        trace(Around(blocks=[first, second]), (3, 8, 8))
-
-
-def test_batch_norm_that_runs_twice_in_one_block():
-    norm, block = nn.BatchNorm2d(4), Add()
-    block.conv = nn.Sequential(block.conv, norm, nn.ReLU(), norm)
-    assert skippable(Around(blocks=[block, Add()]), (3, 8, 8)) == ["blocks.0", "blocks.1"]
-
-
 class DropsInTraining(Around):
     def forward(self, x):
         x = self.blocks[0](self.stem(x))
@@ -317,62 +244,7 @@ def test_blocks_that_differ_in_training():
         trace(DropsInTraining(), (3, 8, 8))
 
 
-class SequenceFirst(nn.Module):
-    """Tokens of shape (tokens, N, width), as attention layers take by default."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, size // 2, size // 2)
-        self.blocks = nn.Sequential(
-            *(nn.TransformerEncoderLayer(4, 2, 8, norm_first=True) for _ in range(2))
-        )
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.head(self.blocks(self.stem(x).flatten(2).permute(2, 0, 1)).mean(0))
-
-
-@pytest.mark.parametrize("width", [4, 8, 12])
-def test_batch_axis_that_is_not_the_first(width):
-    """The streams lie along the first axis."""
-    with pytest.raises(ValueError, match="batch"):
-        trace(SequenceFirst(8), (3, 8, width))
-
-
-class Folded(Around):
-    """Quarters of the images in the batch axis, those of one image together, or not."""
-
-    def __init__(self, together):
-        super().__init__()
-        self.together = together
-
-    def forward(self, x):
-        x = self.stem(x).unflatten(2, (4, 2))  # N, C, 4, H / 4, W
-        x = x.transpose(1, 2) if self.together else x.permute(2, 0, 1, 3, 4)
-        x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x)
-        x = x.unflatten(0, (-1, 4)) if self.together else x.unflatten(0, (4, -1)).transpose(0, 1)
-        return self.head(x)
-
-
-def test_images_that_are_folded_into_the_batch(toys):
-    net = ElasticNet(Folded(together=True), (3, 8, 8), depths=3)
-    images = torch.randn(3, 3, 8, 8)
-    expected = [toys.by_hand(Folded(together=True), net, depth) for depth in net.depths]
-    for plain in expected:
-        plain.load_state_dict(net.backbone.state_dict(), strict=False)
-    torch.testing.assert_close(net.packed(images), torch.stack([e(images) for e in expected]))
-    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
-        trace(Folded(together=False), (3, 8, 8))
-
-
-# Blocks that cannot be skipped
-
-
-class Mixes(Add):
-    def forward(self, x, first):
-        return x + self.conv(first)
+# How blocks are called
 
 
 class Calls(Around):
@@ -389,33 +261,269 @@ class Calls(Around):
         return self.head(x)
 
 
+class AddsTo(Add):
+    """Adds a part of itself, which is made of something else, too."""
+
+    def forward(self, x, first=0, scale=1.0, negative=False):
+        return x + (-scale if negative else scale) * self.conv(x + first)
+
+
+class AddsToTwo(Add):
+    def forward(self, x, other, size=None):
+        x = x + self.conv(other)
+        return (x, other + self.conv(x)) if size is None else (x, other, size)
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize(
+    ("call", "block", "hands_on"),
+    [
+        (lambda block, x, first: block(x), Add, 0),
+        (lambda block, x, first: block(x, first), AddsTo, 0),  # another batch
+        (lambda block, x, first: block(x, first=first), AddsTo, 0),
+        (lambda block, x, first: block(x, x[0]), AddsTo, 0),  # without batch axis
+        (lambda block, x, first: block(x, first=x.new_ones(1, 4, 1, 1)), AddsTo, 0),
+        (lambda block, x, first: block(x, first, 0.5, negative=True), AddsTo, 0),
+        (lambda block, x, first: sum(block(x, first)), AddsToTwo, 2),
+        (lambda block, x, first: block(x, first, (8, 8))[0], AddsToTwo, 3),
+    ],
+)
+def test_calls(toys, call, block, hands_on):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = Calls(call, block(), block(), block()).double()
+    found = trace(backbone, (3, 8, 8))
+    assert [(b.name, b.hands_on) for b in found.blocks] == [
+        (f"blocks.{i}", hands_on) for i in range(3)
+    ]
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, (3, 8, 8), depths=[3, 1, 0])
+    images = torch.randn(2, 3, 8, 8).double()
+    expected = []
+    for depth in net.depths:
+        plain = copy.deepcopy(pristine)
+        plain.call = lambda b, x, first, depth=depth, plain=plain: (
+            call(b, x, first)
+            if depth.kept[list(plain.blocks).index(b)]
+            else call(lambda *args, **_: args[:hands_on] if hands_on else args[0], x, first)
+        )
+        expected.append(plain(images))
+    packed = net.packed(images)
+    torch.testing.assert_close(packed, torch.stack(expected))
+    packed.square().sum().backward()
+    gradient = backbone.stem.weight.grad.clone()
+    backbone.stem.weight.grad = None
+    for depth, logits in zip(net.depths, expected, strict=True):
+        with net.at(depth):
+            torch.testing.assert_close(net(images), logits)
+            net(images).square().sum().backward()
+    torch.testing.assert_close(gradient, backbone.stem.weight.grad)
+
+
+class KnowsBatchSize(Add):
+    def forward(self, x, count):
+        return x + self.conv(x.view(count, 4, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("call", "block"),
     [
-        (lambda block, x, first: block(x, first), Mixes),  # a second batch
-        (lambda block, x, first: block(x, first=first), Mixes),
         (lambda block, x, first: block(x=x), Add),  # by keyword
+        (lambda block, x, first: block(x, len(x)), KnowsBatchSize),
+        (lambda block, x, first: block(x)[0], lambda: Lambda(lambda x: (x, x.sum()))),
     ],
 )
-def test_block_that_is_not_called_with_its_input_alone(call, block):
+def test_block_that_is_called_in_a_way_that_cannot_be_skipped(call, block):
     with pytest.raises(ValueError, match="no residual block"):
         trace(Calls(call, block(), block()), (3, 8, 8))
     with pytest.raises(ValueError, match="keeps its input's shape"):
         trace(Calls(call, block(), block()), (3, 8, 8), ["blocks.*"])
 
 
-def test_block_that_is_called_with_settings():
-    class Scaled(Add):
-        def forward(self, x, scale, negative=False):
-            return x + (-scale if negative else scale) * self.conv(x)
-
-    net = Calls(lambda block, x, first: block(x, 0.5, negative=True), Scaled(), Scaled())
-    assert skippable(net, (3, 8, 8)) == ["blocks.0", "blocks.1"]
+def test_block_that_is_called_with_more_than_before():
+    backbone = Calls(lambda block, x, first: block(x, first), AddsTo(), AddsTo())
+    net = ElasticNet(backbone, (3, 8, 8), depths=2)
+    backbone.call = lambda block, x, first: block(x, first, 0.5)
+    with pytest.raises(ValueError, match=r"AddsTo is called with 3 values, but with 2"):
+        net.packed(torch.randn(2, 3, 8, 8))
 
 
 def test_block_that_runs_twice():
     twice = Add()
     assert skippable(Around(blocks=[twice, Add(), twice]), (3, 8, 8)) == ["blocks.1"]
+    with pytest.raises(ValueError, match=r"runs once \(blocks\.0 run again\)"):
+        trace(Around(blocks=[twice, twice]), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"runs once matches 'blocks\.0'\. There are: .*blocks\.1"):
+        trace(Around(blocks=[twice, Add(), twice]), (3, 8, 8), ["blocks.0"])
+
+
+class RunsByBatchSize(Around):
+    def forward(self, x):
+        x = self.stem(x)
+        for block in [*self.blocks][: len(x)]:
+            x = block(x)
+        return self.head(x)
+
+
+def test_backbone_that_runs_more_for_more_images():
+    with pytest.raises(ValueError, match=r"runs \d+ modules for 2 images and \d+ for 4"):
+        trace(RunsByBatchSize(blocks=[Add() for _ in range(4)]), (3, 8, 8))
+
+
+# What is residual
+
+
+class Merged(nn.Module):
+    """As RepVGG in training: the shortcut has a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.point = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.identity = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + self.point(x) + self.identity(x))
+
+
+class ScaledShortcut(Add):
+    """As CAFormer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 0.9)[:, 0, 0])
+
+    def forward(self, x):
+        return self.scale[:, None, None] * x + self.conv(x)
+
+
+class Activated(Add):
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x):
+        return self.activation(super().forward(x))
+
+
+class Gated(Add):
+    def forward(self, x):
+        return x * torch.sigmoid(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Merged,
+        ScaledShortcut,
+        *(partial(Activated, a) for a in (nn.ReLU(), nn.SiLU(), nn.GELU(), nn.Hardswish())),
+    ],
+)
+def test_residual_blocks(block):
+    net = Around(nn.ReLU(), blocks=[block(), block()])
+    assert skippable(net, (3, 8, 8)) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Gated,
+        partial(Activated, nn.Sigmoid()),
+        lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()),
+    ],
+)
+def test_blocks_that_are_not_residual(block):
+    with pytest.raises(ValueError, match="no residual block"):
+        trace(Around(blocks=[block(), block()]), (3, 8, 8))
+
+
+# Blocks in blocks
+
+
+def layers():
+    return nn.Sequential(Add(), Add())
+
+
+class Parts(nn.Module):
+    """Two residual parts, which make a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer, self.mlp = Add(), Add()
+
+    def forward(self, x):
+        return self.mlp(self.mixer(x))
+
+
+class OwnWeights(Add):
+    """A block that has a residual layer inside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoding1, self.encoding2 = Add(), Add()
+
+    def forward(self, x):
+        x = self.encoding1(x)
+        return self.encoding2(super().forward(x))
+
+
+class Stage(nn.Module):
+    """Numbered blocks, and something of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(4, 8, 8))
+        self.blocks = nn.Sequential(Parts(), Parts())
+
+    def forward(self, x):
+        return self.blocks(x + self.position)
+
+
+class InSomething(nn.Module):
+    """A residual layer within a module that is not residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Add()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.part(x))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "names"),
+    [
+        ([Parts, Parts], ["0", "1"]),
+        ([OwnWeights, OwnWeights], ["0", "1"]),
+        ([layers, layers], ["0.0", "0.1", "1.0", "1.1"]),
+        ([lambda: nn.Sequential(Parts())], ["0.0"]),
+        ([Stage, Stage], [f"{s}.blocks.{i}" for s in (0, 1) for i in (0, 1)]),
+        ([InSomething, Parts], ["1"]),
+        ([InSomething, InSomething], ["0.part", "1.part"]),  # there is nothing better
+    ],
+)
+def test_nested_blocks(blocks, names):
+    found = trace(Around(blocks=[make() for make in blocks]), (3, 8, 8))
+    assert [block.name for block in found.blocks] == [f"blocks.{name}" for name in names]
+
+
+def test_rows_of_single_layers_are_left_out():
+    """As positional encodings."""
+    stem = nn.Sequential(Add(), Add())
+    assert skippable(Around(stem, blocks=[Parts(), Parts()]), (3, 8, 8)) == ["blocks.0", "blocks.1"]
+    assert skippable(Around(stem, blocks=[Parts(), Add()]), (3, 8, 8)) == ["blocks.0", "blocks.1"]
+
+
+def test_blocks_with_a_container_each_are_one_stage():
+    wrapped = [nn.Sequential(Add(), nn.Conv2d(4, 4, 1)) for _ in range(3)]
+    found = trace(Around(blocks=wrapped), (3, 8, 8))
+    assert [block.name for block in found.blocks] == [f"blocks.{i}.0" for i in range(3)]
+    assert found.stages == [3]
 
 
 # Blocks that write into their input
@@ -495,6 +603,25 @@ def test_the_probe_leaves_no_mark(training):
 def test_the_result_does_not_depend_on_the_mode():
     net = Around(nn.BatchNorm2d(4))
     assert trace(net.train(), (3, 8, 8)) == trace(net.eval(), (3, 8, 8))
+
+
+def test_backbone_with_a_forward_of_its_own(toys):
+    """As timm's FasterNet has."""
+
+    def own(x):
+        return 2 * Add.forward(block, x)
+
+    block = Add()
+    block.forward = own
+    net = ElasticNet(Around(blocks=[Add(), block]), (3, 8, 8), depths=[2, 0], blocks=["blocks.*"])
+    images = torch.randn(2, 3, 8, 8)
+    x = net.backbone.stem(images)
+    x = x + net.backbone.blocks[0].conv(x)
+    expected = net.backbone.head(2 * (x + block.conv(x)))
+    torch.testing.assert_close(net.packed(images)[0], expected)
+    torch.testing.assert_close(net(images), expected)
+    torch.testing.assert_close(net.extract(2)(images), expected)
+    assert net.extract(2).blocks[1].forward is own
 
 
 def test_backbone_that_is_elastic_already():

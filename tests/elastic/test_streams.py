@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic.blocks import Block, Trace
 from teamnet_pl.elastic.depths import derive_depths
-from teamnet_pl.elastic.streams import Plan
+from teamnet_pl.elastic.streams import Expansion, Fork, Plan, Streams, fork_levels
 
 SHAPE = (3, 8, 8)
 POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
@@ -113,6 +114,7 @@ def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
     if kind == "transformer":
         counts = [sum(blocks for blocks, _ in stages)]
     assume(counts)
+    assume(len(counts) == 1 or max(counts) > 1)  # or blocks of one shape are one stage
     norm = draw(st.sampled_from(norms or ["batch", "batch", "group", "layer"]))
     return Case(kind, stages, norm, draw(depth_sets(counts)), draw(st.sampled_from(POLICIES)))
 
@@ -294,21 +296,148 @@ def test_batch_norm_without_running_statistics(toys, training):
     close(net.packed(images), torch.stack(expected))
 
 
-class RemembersBatchSize(nn.Module):
-    def __init__(self, backbone):
+class Concatenates(nn.Module):
+    """As CSPNet: one half of the channels goes through the blocks, the other passes by."""
+
+    def __init__(self, stage):
         super().__init__()
-        self.backbone = backbone
+        self.stage = stage
+        self.norm = nn.BatchNorm2d(8)
+        self.merge = nn.Conv2d(8, 4, 1)
 
     def forward(self, x):
+        return self.merge(self.norm(torch.cat([x, self.stage(x)], 1)))
+
+
+class Exchanges(nn.Module):
+    """As HRNet: two branches with blocks of their own that change places."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.branches = nn.ModuleList([first, second])
+
+    def forward(self, features):
+        a, b = (branch(x) for branch, x in zip(self.branches, features, strict=True))
+        return [b, a + b]
+
+
+class Branches(nn.Module):
+    def __init__(self, *stages):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.first = Exchanges(*stages[:2])
+        self.second = Exchanges(*stages[2:])
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        a, b = self.second(self.first([x, x * 2]))
+        return self.head((a + b).mean((2, 3)))
+
+
+class Chain(nn.Module):
+    def __init__(self, *stages):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class RemembersBatchSize(Chain):
+    def forward(self, x):
         n = len(x)
-        x = self.backbone.stages(self.backbone.stem(x).abs())
-        return x.view(n, 4, -1).mean(2)
+        return self.head(self.stages(self.stem(x)).view(n, 4, -1).mean(2))
 
 
-def test_backbone_that_remembers_the_batch_size_is_not_misread(toys):
-    backbone = RemembersBatchSize(toys.build(stages=[(2, False)]))
-    with pytest.raises((ValueError, RuntimeError)):
-        ElasticNet(backbone, SHAPE, depths=2).packed(torch.randn(3, 3, 8, 8).double())
+class AddsStem(Chain):
+    """Blocks, and what was before all of them."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.stages(x)).mean((2, 3)))
+
+
+def two_stages(toys):
+    return toys.build(stages=[(2, False), (3, False)]).stages
+
+
+def branched(toys, kind):
+    first, second = two_stages(toys)
+    if kind == "remembers":
+        return RemembersBatchSize(first, second).double()
+    if kind == "concatenates":
+        return Chain(Concatenates(first), Concatenates(second)).double()
+    if kind == "exchanges":
+        return Branches(first, second, *two_stages(toys)).double()
+    if kind == "adds_stem":
+        return AddsStem(first, second).double()
+    return Chain(first, second).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["chain", "remembers", "concatenates", "exchanges", "adds_stem"])
+def test_branches_around_blocks(toys, kind, policy, training):
+    """All of them have the same streams, or the outputs could not be joined."""
+    torch.manual_seed(0)
+    backbone = branched(toys, kind).train(training)
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=4, policy=policy).train(training)
+    assert len(net.blocks) in (5, 10)
+    truth = Separate(pristine, net, toys.by_hand)
+    for _ in range(2):
+        images = torch.randn(2, 3, 9, 10).double()
+        gradients = torch.randn(4, 2, 5)
+        net.zero_grad()
+        logits = net.packed(images)
+        logits.backward(gradients.double())
+        expected, summed = truth.step(images, gradients.double())
+        close(logits, torch.stack(expected), "logits")
+        named = {n: p for n, p in backbone.named_parameters() if p.grad is not None}
+        close({(name, ()): p.grad for name, p in named.items()}, summed, "gradients")
+        with torch.no_grad():
+            for parameter in named.values():
+                parameter -= RATE * parameter.grad
+    for depth, plain in zip(net.depths, truth.nets, strict=True):
+        with net.eval().at(depth):
+            close(net(images), plain.eval()(images), f"{depth} in eval mode")
+        close(list(net.extract(depth).buffers()), list(plain.buffers()), f"statistics of {depth}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("chain", [1, 2]),
+        ("concatenates", [1, 2]),
+        ("adds_stem", [4, 4]),
+    ],
+)
+def test_streams_fork_no_earlier_than_they_must(toys, kind, rows):
+    backbone = branched(toys, kind)
+    net = ElasticNet(backbone, SHAPE, depths=[5, 4, 2, 0], policy="last_stage_first")
+    found = []
+    for stage in backbone.stages:
+        stage.register_forward_hook(lambda module, args, output: found.append(len(args[0])))
+    net.packed(torch.randn(1, 3, 8, 8).double())
+    assert found == rows
+
+
+class Impossible(Chain):
+    def forward(self, x):
+        logits = super().forward(x)
+        if len(logits) > 4:
+            raise RuntimeError("too many")
+        return logits
+
+
+def test_backbone_that_cannot_run_its_depths_together(toys):
+    backbone = Impossible(*two_stages(toys)).double()
+    with pytest.raises(ValueError, match=r"Impossible cannot run its depths in one pass: too many"):
+        ElasticNet(backbone, SHAPE, depths=4)
+    assert not any("forward" in vars(module) for module in backbone.modules())
 
 
 # What runs
@@ -349,15 +478,32 @@ def test_what_depths_have_in_common_runs_once(toys, case):
 @settings(max_examples=100, deadline=None)
 def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
     depths = derive_depths(stages, data.draw(depth_sets(stages), label="depths"), policy)
-    plan = Plan.of(depths)
-    for begun in range(sum(stages) + 1):
+    total = sum(stages)
+    blocks = [Block(f"block{i}", 0) for i in range(total)]
+    order = [("", True), ("norm0", True), ("norm0", False)]
+    for i in range(total):
+        inside, after = f"block{i}.norm", f"norm{i + 1}"
+        order += [(f"block{i}", True), (inside, True), (inside, False), (f"block{i}", False)]
+        order += [(after, True), (after, False)]
+    order.append(("", False))
+    norms = [name for name, begins in order if begins and "norm" in name]
+    found = Trace(tuple(blocks), tuple(norms), tuple(order), {})
+    assert fork_levels(found) == 2
+    early = Plan.of(depths, found, level=1)
+    assert early.expansions == {"": Expansion(1, (0,) * len(depths))}
+    plan = Plan.of(depths, found)
+    assert plan.expansions == {}
+    for begun in range(total + 1):
         prefixes = [depth.kept[:begun] for depth in depths]
         first = tuple(prefixes.index(prefix) for prefix in dict.fromkeys(prefixes))
-        assert plan.streams(begun, None) == first
-        if begun < sum(stages):
+        assert plan.streams[f"norm{begun}"] == Streams(first, len(depths))
+        assert early.streams[f"norm{begun}"].starts == tuple(range(len(depths)))
+        if begun < total:
             runs = [depth.kept[begun] for depth in depths]
             inside = tuple(i for i in first if runs[i])
-            assert plan.streams(begun + 1, begun) == inside
+            assert plan.streams[f"block{begun}.norm"] == Streams(inside, sum(runs))
+            fork = early.forks[f"block{begun}"]
+            assert fork == Fork(len(depths), sum(runs), sum(runs))
 
 
 # Precision and compilation

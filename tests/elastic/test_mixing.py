@@ -1,0 +1,260 @@
+"""Layers that mix the samples of a batch run for each depth alone, or are refused."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic.blocks import trace
+
+SHAPE = (3, 8, 8)
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *layers)
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class Net(nn.Module):
+    """Two residual blocks, something between the stem and them, something after the logits."""
+
+    def __init__(self, between=None, blocks=(), after=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.between = between or nn.Identity()
+        self.blocks = nn.ModuleList([*blocks] or [Residual(), Residual()])
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
+        self.after = after or (lambda logits: logits)
+
+    def forward(self, x):
+        x = self.between(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.after(self.head(x))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class CenterOnBatch(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class CenterInTraining(nn.Module):
+    """With a running statistic, but no batch norm by its class."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, 8, 8))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            return x - x.mean(0)
+        return x - self.mean
+
+
+class GhostNorm(nn.BatchNorm2d):
+    """Normalises halves of the batch alone."""
+
+    def forward(self, x):
+        return torch.cat([super(GhostNorm, self).forward(half) for half in x.chunk(2)])
+
+
+class AroundNorm(nn.Module):
+    """Mixes by itself and by a batch norm inside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(x) - x.mean(0)
+
+
+LAYERS = {
+    "function": CenterOnBatch,
+    "statistic": CenterInTraining,
+    "ghost": lambda: GhostNorm(4),
+    "around": AroundNorm,
+    "evonorm": lambda: timm.layers.EvoNorm2dB0(4),
+    "norm_act": lambda: timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU),
+    "split": lambda: timm.layers.SplitBatchNorm2d(4, num_splits=2),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in LAYERS.items()])
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_that_mixes_runs_for_each_depth_alone(toys, make, training):
+    torch.manual_seed(0)
+    blocks = [Residual(make()), Residual(make(), nn.Conv2d(4, 4, 1)), Residual(make())]
+    backbone = Net(make(), blocks).double().train(training)
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=[3, 2, 0]).train(training)
+    plain = [toys.by_hand(pristine, net, depth) for depth in net.depths]
+    for _ in range(2):  # statistics are kept from one to the next
+        images = torch.randn(4, *SHAPE).double()
+        packed, expected = net.packed(images), [each(images) for each in plain]
+        torch.testing.assert_close(packed, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    packed.square().sum().backward()  # EvoNorm's own backward is in float32
+    torch.stack(expected).square().sum().backward()
+    gradient = sum(each.stem.weight.grad for each in plain)
+    torch.testing.assert_close(backbone.stem.weight.grad, gradient, rtol=1e-5, atol=1e-5)
+    for depth, each in zip(net.depths, plain, strict=True):
+        found = net.extract(depth)
+        torch.testing.assert_close(list(found.buffers()), list(each.buffers()))
+        torch.testing.assert_close(found.eval()(images), each.eval()(images))
+
+
+def test_mixing_layers_are_found_where_they_are():
+    blocks = [Residual(CenterOnBatch()), Residual(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))]
+    found = trace(Net(AroundNorm(), blocks), SHAPE)
+    assert sorted(found.mixing) == [
+        "between",
+        "blocks.0.conv.1",
+        "blocks.1.conv.1",
+        "blocks.1.conv.2",
+    ]
+
+
+def test_where_it_does_not_show_yet():
+    """As where the last layer of a residual branch starts at zero."""
+    last = nn.Conv2d(4, 4, 1)
+    nn.init.zeros_(last.weight)
+    blocks = [Residual(), Residual(CenterOnBatch(), last)]
+    assert trace(Net(blocks=blocks), SHAPE).mixing == ("blocks.1.conv.1",)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dropout(0.5),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4),
+        Function(lambda x: x / x.flatten(1).norm(dim=1)[:, None, None, None]),
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_mix(layer):
+    assert trace(Net(layer, [Residual(layer), Residual()]), SHAPE).mixing == ()
+
+
+def test_layer_that_mixes_whatever_the_sign_of_the_image():
+    normed = Function(lambda images: images / images.norm())
+    assert trace(nn.Sequential(normed, Net()), SHAPE).mixing == ("0",)
+
+
+# Refused
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x, scale):
+        return x - scale * x.mean(0)
+
+
+class CallsWithTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = TwoInputs()
+
+    def forward(self, x):
+        return self.layer(x, 1.0)
+
+
+class CenteredResidual(Residual):
+    def forward(self, x):
+        return x + self.conv(x).sub(self.conv(x).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("net", "who"),
+    [
+        (lambda: Net(after=lambda logits: logits / logits.norm()), "The backbone"),
+        (lambda: nn.Sequential(Net(after=lambda x: x - x.mean(0))), "0"),
+        (lambda: Net(blocks=[Residual(), CenteredResidual()]), r"blocks\.1"),
+        (lambda: Net(CallsWithTwo()), r"between\.layer"),
+    ],
+)
+def test_samples_that_are_mixed_around_blocks_or_with_something_else(net, who):
+    with pytest.raises(ValueError, match=rf"^{who} \(\w+\) mixes the samples of a batch"):
+        trace(net(), SHAPE)
+
+
+class SequenceFirst(nn.Module):
+    """Tokens of shape (tokens, N, width), as attention layers take by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, 4)
+        self.blocks = nn.Sequential(
+            *(nn.TransformerEncoderLayer(4, 2, 8, norm_first=True) for _ in range(2))
+        )
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x).flatten(2).permute(2, 0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_batch_axis_that_is_not_the_first(width):
+    """The streams lie along the first axis."""
+    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
+        trace(SequenceFirst(), (3, 8, width))
+
+
+class Folded(Net):
+    """Quarters of the images in the batch axis, those of one image together, or not."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.together = together
+
+    def forward(self, x):
+        x = self.stem(x).unflatten(2, (4, 2))  # N, C, 4, H / 4, W
+        x = x.transpose(1, 2) if self.together else x.permute(2, 0, 1, 3, 4)
+        x = x.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        x = x.unflatten(0, (-1, 4)) if self.together else x.unflatten(0, (4, -1)).transpose(0, 1)
+        return self.head(x)
+
+
+def test_images_that_are_folded_into_the_batch(toys):
+    backbone = Folded(together=True)
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=3)
+    images = torch.randn(3, *SHAPE)
+    expected = [toys.by_hand(pristine, net, depth)(images) for depth in net.depths]
+    torch.testing.assert_close(net.packed(images), torch.stack(expected))
+    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
+        trace(Folded(together=False), SHAPE)
+
+
+# Layers that run more than once
+
+
+def test_layer_that_runs_at_two_places():
+    norm = nn.BatchNorm2d(4)
+    blocks = [Residual(norm), Residual(norm)]
+    with pytest.raises(ValueError, match=r"conv\.1 runs in several places"):
+        ElasticNet(Net(blocks=blocks), SHAPE, depths=3)
+
+
+def test_layer_that_runs_twice_in_one_block():
+    norm = nn.BatchNorm2d(4)
+    net = ElasticNet(Net(blocks=[Residual(norm, nn.ReLU(), norm), Residual()]), SHAPE, depths=3)
+    assert [block.name for block in net.blocks] == ["blocks.0", "blocks.1"]
