@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
-    """Loads a file that `torch.save` wrote, as tensors and plain values.
+    """Loads a file that `torch.save` or safetensors wrote, as tensors and plain values.
 
     Args:
-        path: The file.
+        path: The file; one of safetensors is told by its name's end.
         map_location: Device that the tensors go to.
 
     Raises:
@@ -23,6 +24,8 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path, device=map_location)
         found = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # whatever the unpickler stumbles over
         raise ValueError(

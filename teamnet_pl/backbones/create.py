@@ -5,19 +5,27 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import timm
 import torchvision
-from timm.models import adapt_input_conv
 from torch import nn
 
+from teamnet_pl.backbones.adapting import adapt_weights
 from teamnet_pl.backbones.cifar_resnet import CifarResNet
+from teamnet_pl.backbones.from_torchvision import small_image_resnet, torchvision_model
+from teamnet_pl.backbones.wide_resnet import WideResNet
 from teamnet_pl.checkpoints import load_checkpoint
 
 _WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone")
+_RESNETS = [
+    name
+    for name in torchvision.models.list_models(module=torchvision.models)
+    if torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
+]
 _CIFAR = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
@@ -26,13 +34,19 @@ class BackboneConfig:
     """A backbone by name.
 
     Attributes:
-        name: ``cifar/resnet20`` (20, 32, 44, 56, 110), ``torchvision/<model>``, ``timm/<model>``,
-            or the import path of a class or function that returns a module, such as
+        name: ``torchvision/<model>``, ``timm/<model>``, or for images of about 32² ``cifar/``
+            followed by ``resnet20`` (32, 44, 56, 110), ``wrn28_10`` (or any other wide ResNet) or
+            a ResNet of torchvision, such as ``resnet18``, whose stem then keeps the resolution. Or
+            the import path of a class or function that returns a module, such as
             ``my_package.MyNet``; of the arguments ``num_classes`` and ``in_channels`` it is given
             those that it takes.
-        options: Further arguments of the model, such as ``{width: 32}`` or ``{pretrained: true}``.
-        checkpoint: File with weights to start from: a state dict, or a Lightning checkpoint (its
-            ``state_dict``).
+        options: Further arguments of the model, such as ``{width: 32}``. Pretrained weights are
+            the library's own option: ``{pretrained: true}`` for timm, ``{weights: DEFAULT}`` for
+            torchvision.
+        checkpoint: File with weights to start from, in safetensors or PyTorch's format: a state
+            dict, or a Lightning checkpoint (its ``state_dict``). Where it is of another number of
+            classes the classifier starts anew, where it is of another number of channels the first
+            convolution is summed or repeated.
         checkpoint_prefix: What the names of the backbone's weights begin with in that file, such
             as, in a team's checkpoint, ``leader.`` or ``teammates.a.backbone.``.
     """
@@ -75,13 +89,12 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
     if not slash:
         factory, channels = _imported(config.name), "in_channels"
     elif library == "cifar":
-        depth = _CIFAR.get(name) or _unknown(config.name, (f"cifar/{own}" for own in _CIFAR))
-        factory, channels = _partial(CifarResNet, depth=depth), "in_channels"
+        factory, channels = _for_small_images(name), "in_channels"
     elif library == "torchvision":
         models = torchvision.models.list_models(module=torchvision.models)
         if name not in models:
             _unknown(config.name, (f"torchvision/{own}" for own in models))
-        factory, channels = torchvision.models.get_model_builder(name), None
+        factory, channels = _partial(torchvision_model, name=name), "in_channels"
     elif library == "timm":
         if not timm.is_model(name):
             _unknown(config.name, (f"timm/{own}" for own in timm.list_models()))
@@ -101,10 +114,8 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
         raise ValueError(
             f"The backbone {config.name} cannot be made with the options {config.options}: {error}."
         ) from error
-    if library == "torchvision" and in_channels != 3:
-        _adapt_channels(backbone, in_channels)
     if config.checkpoint is not None:
-        _load(backbone, config, config.checkpoint)
+        _load(backbone, config, config.checkpoint, num_classes)
     return backbone
 
 
@@ -135,6 +146,16 @@ def _unknown(name: str, known: Iterable[str]) -> NoReturn:
     )
 
 
+def _for_small_images(name: str) -> Callable[..., nn.Module]:
+    if name in _CIFAR:
+        return _partial(CifarResNet, depth=_CIFAR[name])
+    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+        return _partial(WideResNet, depth=int(wide[1]), width=int(wide[2]))
+    if name in _RESNETS:
+        return _partial(small_image_resnet, name=name)
+    _unknown(f"cifar/{name}", (f"cifar/{own}" for own in (*_CIFAR, "wrn28_10", *_RESNETS)))
+
+
 def _imported(path: str) -> Callable[..., nn.Module]:
     module, _, name = path.rpartition(".")
     try:
@@ -147,14 +168,7 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     return factory
 
 
-def _adapt_channels(backbone: nn.Module, in_channels: int) -> None:
-    """Replaces a net's first convolution, with its weights summed or repeated as timm does."""
-    conv = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
-    conv.weight = nn.Parameter(adapt_input_conv(in_channels, conv.weight.detach()))
-    conv.in_channels = in_channels
-
-
-def _load(backbone: nn.Module, config: BackboneConfig, path: str) -> None:
+def _load(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: int) -> None:
     state = load_checkpoint(path)
     state = state.get("state_dict", state)
     prefix = config.checkpoint_prefix
@@ -162,7 +176,7 @@ def _load(backbone: nn.Module, config: BackboneConfig, path: str) -> None:
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
     try:
-        backbone.load_state_dict(weights)
+        backbone.load_state_dict(adapt_weights(backbone, weights, num_classes, path))
     except (AttributeError, RuntimeError) as error:
         top = sorted({str(name).partition(".")[0] for name in state})
         raise ValueError(

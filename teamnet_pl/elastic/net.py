@@ -56,8 +56,8 @@ class ElasticNet(nn.Module):
         depths: The depths, the deepest first.
 
     Raises:
-        ValueError: If the backbone has no skippable blocks, mixes samples of a batch around them, or
-            is elastic already; or if the depths do not fit it.
+        ValueError: If the backbone has no skippable blocks, mixes samples of a batch around them,
+            or is elastic already; or if the depths do not fit it.
 
     Example:
         >>> import torch, torchvision

@@ -2,9 +2,17 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import WeightsEnum
 
-from teamnet_pl.backbones import BackboneConfig, CifarResNet, create_backbone
+from teamnet_pl.backbones import (
+    BackboneConfig,
+    CifarResNet,
+    WideResNet,
+    create_backbone,
+    own_input_shape,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,6 +20,9 @@ from teamnet_pl.backbones import BackboneConfig, CifarResNet, create_backbone
     [
         ("cifar/resnet20", {}, CifarResNet),
         ("cifar/resnet20", {"width": 4}, CifarResNet),
+        ("cifar/wrn10_1", {"dropout": 0.1}, WideResNet),
+        ("cifar/resnet18", {}, torchvision.models.ResNet),
+        ("cifar/resnext50_32x4d", {}, torchvision.models.ResNet),
         ("torchvision/resnet18", {}, torchvision.models.ResNet),
         ("torchvision/mobilenet_v3_small", {"dropout": 0.1}, torchvision.models.MobileNetV3),
         ("timm/resnet18", {}, timm.models.ResNet),
@@ -75,7 +86,9 @@ def test_one_channel_sums_the_first_convolution_of_torchvision(name):
     ("name", "meant"),
     [
         ("cifar/resnet21", "cifar/resnet20"),
-        ("cifar/", "cifar/resnet20"),
+        ("cifar/", "cifar/resnet"),
+        ("cifar/wrn28", "cifar/wrn28_10"),
+        ("cifar/resnet19", "cifar/resnet18"),
         ("torchvision/resnet81", "torchvision/resnet18"),
         ("torchvision/fasterrcnn_resnet50_fpn", "torchvision/resnet50"),  # does not classify
         ("timm/resnet81", "timm/resnet18"),
@@ -110,3 +123,116 @@ def test_options_that_a_model_does_not_take_are_refused(name):
 def test_values_that_a_model_does_not_take_are_refused():
     with pytest.raises(ValueError, match="6n"):
         create_backbone(BackboneConfig("teamnet_pl.backbones.CifarResNet", {"depth": 21}), 7, 3)
+
+
+def test_resnet_for_small_images_keeps_their_resolution():
+    net = create_backbone(BackboneConfig("cifar/resnet18"), num_classes=10, in_channels=3)
+    # What Kuang Liu's pytorch-cifar, after which it is known, prints of its ResNet18.
+    assert sum(p.numel() for p in net.parameters()) == 11_173_962
+    shapes = []
+    for layer in (net.layer1, net.layer4):
+        layer.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1:]))
+    net(torch.randn(2, 3, 32, 32))
+    assert shapes == [(64, 32, 32), (512, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("cifar/resnet20", (3, 32, 32)),
+        ("torchvision/resnet50", (3, 224, 224)),
+        ("timm/convnext_atto", (3, 224, 224)),
+        ("timm/test_resnet", (3, 160, 160)),
+        ("timm/test_resnet.r160_in1k", (3, 160, 160)),
+        ("own_nets.GroupNormNet", (3, 224, 224)),
+    ],
+)
+def test_own_input_shape(name, shape):
+    assert own_input_shape(BackboneConfig(name)) == shape
+
+
+# Pretrained weights
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """torchvision's weights as they would be downloaded, but made here; returns their urls."""
+    urls = []
+
+    def get_state_dict(self, progress=True, check_hash=False):
+        urls.append(self.url)
+        name = type(self).__name__.removesuffix("_Weights").lower()
+        torch.manual_seed(1)
+        return torchvision.models.get_model(name, num_classes=1000).state_dict()
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    return urls
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("num_classes", [7, 1000])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pretrained_weights_of_torchvision(hub, name, num_classes, channels):
+    config = BackboneConfig(f"torchvision/{name}", {"weights": "DEFAULT"})
+    net = create_backbone(config, num_classes, in_channels=channels)
+    assert hub == [torchvision.models.get_model_weights(name).DEFAULT.url]
+    torch.manual_seed(1)
+    expected = torchvision.models.get_model(name, num_classes=1000).state_dict()
+    first = next(iter(expected))
+    if channels == 1:
+        expected[first] = expected[first].sum(1, keepdim=True)
+    found = net.state_dict()
+    head = {"resnet18": "fc.", "squeezenet1_1": "classifier.1."}[name]
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        if num_classes == 7 and key.startswith(head):
+            assert len(value) == 7
+        else:
+            torch.testing.assert_close(value, expected[key])
+    assert net.eval()(torch.randn(2, channels, 64, 64)).shape == (2, num_classes)
+
+
+def test_unknown_weights_of_torchvision():
+    config = BackboneConfig("torchvision/resnet50", {"weights": "IMAGENET1K_V3"})
+    with pytest.raises(
+        ValueError, match=r"no weights 'IMAGENET1K_V3'.*IMAGENET1K_V1, IMAGENET1K_V2"
+    ):
+        create_backbone(config, num_classes=7, in_channels=3)
+
+
+def test_weights_of_timm_in_a_local_file(tmp_path):
+    """By timm's own option, which also fits the number of classes and channels."""
+    source = timm.create_model("test_resnet")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 1000}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    net = create_backbone(BackboneConfig("timm/test_resnet", options), 7, in_channels=1)
+    torch.testing.assert_close(net.layer4.state_dict(), source.layer4.state_dict())
+    torch.testing.assert_close(net.conv1[0].weight, source.conv1[0].weight.sum(1, keepdim=True))
+    assert net.fc.out_features == 7
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("num_classes", [7, 10])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_weights_in_a_local_file(tmp_path, caplog, suffix, num_classes, channels):
+    source, path = CifarResNet(20, num_classes=10, width=4), tmp_path / f"weights{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(source.state_dict(), path)
+    config = BackboneConfig("cifar/resnet20", {"width": 4}, str(path))
+    net = create_backbone(config, num_classes, channels)
+    torch.testing.assert_close(net.layer1.state_dict(), source.layer1.state_dict())
+    if channels == 3:
+        torch.testing.assert_close(net.conv1.weight, source.conv1.weight)
+    if channels == 1:
+        torch.testing.assert_close(net.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(net.fc.weight[0], source.fc.weight[0]) == (num_classes == 10)
+    said = f"{path} tells 10 classes apart instead of 7: fc starts anew."
+    assert caplog.messages == ([said] if num_classes == 7 else [])
+
+
+def test_weights_of_another_width_are_refused(tmp_path):
+    torch.save(CifarResNet(20, width=8).state_dict(), tmp_path / "weights.pth")
+    config = BackboneConfig("cifar/resnet20", {"width": 4}, str(tmp_path / "weights.pth"))
+    with pytest.raises(ValueError, match=r"(?s)do not fit cifar/resnet20.*mismatch for layer1"):
+        create_backbone(config, num_classes=10, in_channels=3)
