@@ -29,7 +29,7 @@ _RESNETS = [
 _CIFAR = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackboneConfig:
     """A backbone by name.
 

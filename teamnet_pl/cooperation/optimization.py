@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """An optimiser by its name in timm, such as ``sgd`` (with Nesterov momentum) or ``adamw``.
 
@@ -63,7 +63,7 @@ class OptimizerConfig:
         return optimizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """Linear warm-up, then half a cosine, step by step.
 

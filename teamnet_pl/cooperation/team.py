@@ -23,7 +23,7 @@ from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
 Stage = Literal["val", "test"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class LeaderConfig(BackboneConfig):
     """The Leader.
 
@@ -34,7 +34,7 @@ class LeaderConfig(BackboneConfig):
     frozen: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class TeammateConfig(BackboneConfig):
     """A Teammate.
 
@@ -92,9 +92,9 @@ class Team(LightningModule):
         self,
         num_classes: int,
         input_shape: Sequence[int],
-        leader: LeaderConfig | None = LeaderConfig(),  # noqa: B008 (a default that the CLI shows)
-        a: TeammateConfig = TeammateConfig(),  # noqa: B008
-        b: TeammateConfig | None = TeammateConfig(interleaved=True),  # noqa: B008
+        leader: LeaderConfig | None = LeaderConfig(),  # a default that the CLI shows
+        a: TeammateConfig = TeammateConfig(),
+        b: TeammateConfig | None = TeammateConfig(interleaved=True),
         cooperation: Cooperation = Cooperation(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008

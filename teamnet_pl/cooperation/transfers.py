@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Edge:
     """How strongly one kind of teacher teaches.
 
@@ -28,7 +28,7 @@ class Edge:
             raise ValueError(f"A transfer's temperature must be > 0, found {self.temperature}.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Transfer(Edge):
     """One distillation edge of a team.
 
@@ -44,7 +44,7 @@ class Transfer(Edge):
         return f"{self.teacher}->{self.student}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cooperation:
     """The transfers of a team.
 

@@ -93,7 +93,7 @@ def trace(
             raise ValueError(
                 f"{type(backbone).__name__} has no residual block that keeps its input's shape"
                 + (f" and runs once ({', '.join(again)} run again)" if again else "")
-                + ", so none can be skipped. Name blocks by patterns if it has any other, or use a "
+                + ", so none can be skipped: name blocks by patterns if it has any other, or use a "
                 "net with residual connections."
             )
     else:

@@ -1,9 +1,12 @@
+import inspect
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from teamnet_pl.cooperation import Cooperation, Edge
+from teamnet_pl.cooperation import Cooperation, Edge, Team
 
 THREE = {
     "leader": {},
@@ -315,3 +318,14 @@ def test_predictions_are_class_probabilities_of_each_member(tiny, tmp_path):
     first, *_, last = predictions[0]
     assert (first, last) == ("leader", "ensemble")
     assert sum(len(batch["leader"]) for batch in predictions) == len(data.test_set)
+
+
+def test_default_configs_cannot_be_changed_in_place():
+    """They are shared by all teams."""
+    defaults = [parameter.default for parameter in inspect.signature(Team).parameters.values()]
+    configs = [default for default in defaults if is_dataclass(default)]
+    assert len(configs) >= 4
+    for config in configs:
+        for field in fields(config):
+            with pytest.raises(FrozenInstanceError):
+                setattr(config, field.name, getattr(config, field.name))

@@ -127,12 +127,19 @@ def names_by_hand(kind: str, stages) -> list[str]:
     ]
 
 
+class Skipped(nn.Module):
+    """Hands its first argument on."""
+
+    def forward(self, features, *args, **kwargs):
+        return features
+
+
 def by_hand(backbone: nn.Module, net: ElasticNet, depth) -> nn.Module:
-    """The truth: a copy of a backbone with the blocks that a depth skips replaced by identities."""
+    """The truth: a copy of a backbone in which the blocks that a depth skips do nothing."""
     plain = copy.deepcopy(backbone)
     for block, kept in zip(net.blocks, net.depth(depth).kept, strict=True):
         if not kept:
-            plain.set_submodule(block.name, nn.Identity())
+            plain.set_submodule(block.name, Skipped())
     assert not any(
         "forward" in vars(module) for module in plain.modules()
     )  # copied before wrapping

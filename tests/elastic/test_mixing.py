@@ -93,6 +93,8 @@ LAYERS = {
     "around": AroundNorm,
     "evonorm": lambda: timm.layers.EvoNorm2dB0(4),
     "norm_act": lambda: timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU),
+    "one_axis": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(4), nn.Unflatten(2, (8, 8))),
+    "three_axes": lambda: nn.Sequential(nn.Unflatten(3, (4, 2)), nn.BatchNorm3d(4), nn.Flatten(3)),
     "split": lambda: timm.layers.SplitBatchNorm2d(4, num_splits=2),
 }
 

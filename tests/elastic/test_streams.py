@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.blocks import Block, Trace
 from teamnet_pl.elastic.depths import derive_depths
 from teamnet_pl.elastic.streams import Expansion, Fork, Plan, Streams, fork_levels
@@ -248,7 +248,26 @@ REAL = {
     "timm_mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
     "timm_vit": lambda: timm.create_model("test_vit", num_classes=5, img_size=32),
     "timm_convnext": lambda: timm.create_model("test_convnext", num_classes=5),
+    # A class token and a distillation token.
+    "timm_deit": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **SMALL_VIT),
+    # Class tokens come late.
+    "timm_cait": lambda: timm.create_model("cait_xxs24_224", **SMALL_VIT),
+    # Relative positions, rotary ones.
+    "timm_beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL_VIT),
+    "timm_eva": lambda: timm.create_model("eva02_tiny_patch14_224", **SMALL_VIT | {"img_size": 28}),
+    # Shifted windows, of which those of every other block.
+    "timm_swin": lambda: timm.create_model(
+        "swinv2_tiny_window8_256",
+        img_size=32,
+        window_size=4,
+        embed_dim=8,
+        depths=(2, 3, 2, 1),
+        num_heads=(1, 2, 2, 4),
+        drop_path_rate=0.0,
+        num_classes=5,
+    ),
 }
+SMALL_VIT = {"img_size": 32, "depth": 3, "embed_dim": 16, "num_heads": 2, "num_classes": 5}
 
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in REAL.items()])
@@ -257,19 +276,55 @@ def test_real_nets(toys, make, training):
     torch.manual_seed(0)
     backbone = make().double()
     pristine = copy.deepcopy(backbone).train(training)
-    total = len(ElasticNet(copy.deepcopy(backbone), (3, 32, 32), depths=2).blocks)
-    net = ElasticNet(backbone, (3, 32, 32), depths=min(4, total + 1)).train(training)
+    size = 28 if isinstance(backbone, timm.models.Eva) else 32
+    total = len(ElasticNet(copy.deepcopy(backbone), (3, size, size), depths=2).blocks)
+    net = ElasticNet(backbone, (3, size, size), depths=min(4, total + 1)).train(training)
     truth = Separate(pristine, net, toys.by_hand)
-    images = torch.randn(3, 3, 32, 32).double()
+    images = torch.randn(3, 3, size, size).double()
     gradients = torch.randn(len(net.depths), 3, 5).double()
     logits = net.packed(images)
     logits.backward(gradients)
     expected, summed = truth.step(images, gradients)
     close(logits, torch.stack(expected), "logits")
-    found = {(name, ()): p.grad for name, p in backbone.named_parameters()}
+    named = backbone.named_parameters()
+    found = {(name, ()): p.grad for name, p in named if p.grad is not None}
     torch.testing.assert_close(found, summed, rtol=1e-8, atol=1e-8)
     for depth, plain in zip(net.depths, truth.nets, strict=True):
         close(list(net.extract(depth).buffers()), list(plain.buffers()), f"statistics of {depth}")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 40), (57, 90)])
+@pytest.mark.parametrize(
+    "name", ["torchvision_resnet", "torchvision_swin", "timm_convnext", "timm_mobilenet"]
+)
+def test_any_size_of_image(name, size):
+    """Found on another one."""
+    torch.manual_seed(0)
+    net = ElasticNet(REAL[name]().double(), (3, 32, 32), depths=3).eval()
+    images = torch.randn(2, 3, *size).double()
+    for depth, logits in zip(net.depths, net.packed(images), strict=True):
+        close(logits, net.extract(depth)(images))
+
+
+def test_blocks_with_tied_weights(toys):
+    backbone = toys.build(stages=[(3, False)])
+    first, second, _ = backbone.stages[0]
+    second.conv.weight = first.conv.weight
+    pristine = copy.deepcopy(backbone)
+    net = ElasticNet(backbone, SHAPE, depths=4)
+    images = torch.randn(2, 3, 8, 8).double()
+    plain = [toys.by_hand(pristine, net, depth) for depth in net.depths]
+    expected = torch.stack([each(images) for each in plain])
+    packed = net.packed(images)
+    close(packed, expected)
+    packed.square().sum().backward()
+    expected.square().sum().backward()
+    tied = [each.stages[0][0].conv.weight.grad for each in plain[:3]]
+    close(first.conv.weight.grad, sum(tied))
+    costs = depth_costs(net, SHAPE)
+    for depth, each in zip(net.depths, plain, strict=True):
+        assert costs[depth.name].parameters == sum(p.numel() for p in each.parameters())
+        close(net.eval().extract(depth)(images), each.eval()(images))
 
 
 def test_norm_with_parameters_of_its_own_activation(toys):
