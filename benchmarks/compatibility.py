@@ -212,8 +212,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    chosen = args.families or families()
-    work = [(family, min(families()[family], key=parameters)) for family in chosen]
+    found = families()
+    if unknown := set(args.families or ()) - set(found):
+        parser.error(f"There is no {', '.join(unknown)}. There are {', '.join(found)}.")
+    work = [(family, min(found[family], key=parameters)) for family in args.families or found]
     rows = []
     for row in checked(work, args.jobs):
         rows.append(row)
