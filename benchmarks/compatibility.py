@@ -113,20 +113,18 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Makes a model and finds the smallest of a few image shapes that it takes."""
+    """Makes a model for small images, if it is made for one size, and finds one that it takes."""
     own = own_input_shape(BackboneConfig(name))
-    options: list[dict[str, Any]] = [{}]
-    if own[1] > 256:  # vision transformers are made for one size
-        options.insert(0, {"img_size": 224})
-    for each in options:
+    for size in (64, 128, 224, None):
+        options = {"img_size": size} if size else {}
         try:
-            backbone = create_backbone(BackboneConfig(name, each), CLASSES, 3)
-        except ValueError:
-            continue
-        for size in (64, 128, 224):
-            if takes(backbone, torch.rand(2, 3, size, size)):
-                return backbone, (3, size, size)
-    return backbone, own
+            backbone = create_backbone(BackboneConfig(name, options), CLASSES, 3)
+        except (AssertionError, RuntimeError, ValueError):
+            backbone = create_backbone(BackboneConfig(name), CLASSES, 3)
+        shape = (3, size, size) if size else own
+        if takes(backbone, torch.rand(2, *shape)):
+            return backbone, shape
+    raise ValueError(f"{name} does not take images of {own}.")
 
 
 @torch.no_grad()
