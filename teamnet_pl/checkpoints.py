@@ -1,4 +1,4 @@
-"""Reading files with weights, without running anything in them."""
+"""Reading files with weights, without running anything in them, and what else checkpoints hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from teamnet_pl.data import ImageDataModule
+
+CONFIG_KEY = "teamnet_config"
+"""Where a checkpoint holds, as YAML text, what makes its team and its data."""
 
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
@@ -32,3 +39,28 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(found).__name__}, not a dict.")
     return found
+
+
+def checkpointed_data(checkpoint: dict[str, Any]) -> ImageDataModule | None:
+    """Makes the data module that a checkpoint was trained on; no data is read yet.
+
+    Args:
+        checkpoint: As `load_checkpoint` returns it.
+
+    Returns:
+        The data module, or None where the checkpoint does not say.
+
+    Raises:
+        ValueError: If it says something that there is not.
+    """
+    if CONFIG_KEY not in checkpoint:
+        return None
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    try:
+        made = parser.instantiate(parser.parse_object({"data": config["data"]}))
+    except ArgumentError as error:
+        raise ValueError(f"The data that the checkpoint names cannot be made: {error}") from error
+    data: ImageDataModule = made["data"]
+    return data

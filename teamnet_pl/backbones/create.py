@@ -17,7 +17,7 @@ from torch import nn
 from teamnet_pl.backbones.cifar_resnet import CifarResNet
 from teamnet_pl.checkpoints import load_checkpoint
 
-_WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone")
+_WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 _CIFAR = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 

@@ -1,5 +1,10 @@
-"""Small elastic nets as if trained, and what runs them outside of torch."""
+"""Small elastic nets as if trained, what runs them outside of torch, and a hub."""
 
+import base64
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,13 +40,19 @@ def cifar(width):
 def elastic(backbone, depths, **kwargs) -> ElasticNet:
     """A net at all depths that differ, its batch norms' statistics too."""
     net = ElasticNet(backbone, SHAPE, depths=depths, **kwargs)
+    train(net)
+    return net
+
+
+def train(net):
+    """Two steps, after which every depth has statistics of its own."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     for seed in range(2):
-        images = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        images = torch.randn(4, *net.input_shape, generator=torch.Generator().manual_seed(seed))
         optimizer.zero_grad()
         net.train().packed(images).square().mean().backward()
         optimizer.step()
-    return net.eval()
+    net.eval()
 
 
 def images(count=3, seed=0):
@@ -81,5 +92,86 @@ def nets():
         onnx_session=onnx_session,
         resnet=resnet,
         run_onnx=run_onnx,
+        train=train,
         vit=vit,
     )
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a push and a pull need."""
+
+    def do_POST(self):
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size) if size else self._chunks()
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization', 'me')}/{wanted['name']}"
+            self._answer({"url": f"{self.server.url}/{name}", "id": name})
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            regular = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]
+            self._answer({"files": regular})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+            repository = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+            url = f"{self.server.url}/{repository}/commit/{'0' * 40}"
+            self._answer({"commitUrl": url, "commitOid": "0" * 40})
+        else:
+            self.send_error(404)
+
+    def _chunks(self):
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def do_GET(self):
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        content = self.server.files.get(name)
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", hashlib.sha256(content).hexdigest())
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+
+@pytest.fixture
+def fake_hub():
+    """A server on this machine, with its ``url`` and the ``files`` that are pushed."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.files = f"http://127.0.0.1:{server.server_port}", {}
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
