@@ -166,7 +166,7 @@ def run_command(name: str, words: list[str]) -> None:
     arguments = parser.instantiate(parser.parse_args(words)).as_dict()
     try:
         command(**{key: value for key, value in arguments.items() if key != "config"})
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -102,3 +102,25 @@ def save_program(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
         ValueError: As `exported_program`.
     """
     torch.export.save(exported_program(net, depth), path)
+
+
+def save_executorch(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
+    """Saves one depth as an ExecuTorch program for the processors of phones and boards.
+
+    It takes one image at a time, and runs on XNNPACK.
+
+    Args:
+        net: The net.
+        depth: One of its depths.
+        path: The ``.pte`` file.
+
+    Raises:
+        ValueError: As `exported_program`.
+        ModuleNotFoundError: If the extra ``executorch`` is not installed.
+    """
+    exir = optional("executorch.exir", "executorch")
+    xnnpack = optional("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    program = exir.to_edge_transform_and_lower(
+        exported_program(net, depth, batch_size=1), partitioner=[xnnpack.XnnpackPartitioner()]
+    )
+    Path(path).write_bytes(program.to_executorch().buffer)

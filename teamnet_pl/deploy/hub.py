@@ -57,7 +57,7 @@ class DepthRecord:
 
     name: str
     blocks: int
-    blocks_per_stage: Sequence[int]
+    blocks_per_stage: list[int]
     macs: int
     parameters: int
     accuracy: float | None
@@ -173,7 +173,7 @@ class Teammate(
             DepthRecord(
                 depth.name,
                 depth.blocks,
-                depth.per_stage,
+                list(depth.per_stage),
                 costs[depth.name].macs,
                 costs[depth.name].parameters,
                 self.accuracy.get(depth.name),
