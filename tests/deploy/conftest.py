@@ -33,8 +33,8 @@ def vit(layers):
     )
 
 
-def cifar(width):
-    return CifarResNet(20, num_classes=5, in_channels=3, width=width)
+def cifar(width, layers=20):
+    return CifarResNet(layers, num_classes=5, in_channels=3, width=width)
 
 
 def elastic(backbone, depths, **kwargs) -> ElasticNet:

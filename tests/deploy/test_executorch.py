@@ -26,6 +26,7 @@ for name, (image, logits) in torch.load("expected.pt").items():
 """
 
 
+@pytest.mark.slow
 def test_each_depth(nets, tmp_path):
     net = nets.elastic(nets.cifar(4), [7, 3])
     torch.save(net, tmp_path / "net.pt")

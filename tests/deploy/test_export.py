@@ -41,7 +41,7 @@ def test_weights_load_into_the_net_that_one_would_build(
 
 
 def test_program_of_any_batch_size(nets, tmp_path):
-    net = nets.elastic(nets.cifar(4), [7, 3])
+    net = nets.elastic(nets.cifar(4, 14), [4, 2])
     for depth in net.depths:
         path = tmp_path / f"{depth}.pt2"
         save_program(net, depth, path)
@@ -51,9 +51,9 @@ def test_program_of_any_batch_size(nets, tmp_path):
 
 
 def test_program_needs_no_teamnet(nets, tmp_path):
-    net = nets.elastic(nets.cifar(4), [7, 3])
-    save_program(net, 3, tmp_path / "net.pt2")
-    torch.save(nets.logits_at(net, 3, nets.images()), tmp_path / "logits.pt")
+    net = nets.elastic(nets.cifar(4, 14), [4, 2])
+    save_program(net, 2, tmp_path / "net.pt2")
+    torch.save(nets.logits_at(net, 2, nets.images()), tmp_path / "logits.pt")
     torch.save(nets.images(), tmp_path / "images.pt")
     script = """
 import sys
@@ -69,16 +69,16 @@ torch.testing.assert_close(logits, torch.load("logits.pt"))
 
 
 def test_exporting_leaves_the_net_as_it_is(nets, tmp_path):
-    net = nets.elastic(nets.cifar(4), [7, 3]).train()
-    save_program(net, 3, tmp_path / "net.pt2")
+    net = nets.elastic(nets.cifar(4, 14), [4, 2]).train()
+    save_program(net, 2, tmp_path / "net.pt2")
     assert all(module.training for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_no_such_depth(nets, tmp_path):
-    net = nets.elastic(nets.cifar(4), [7, 3])
-    with pytest.raises(ValueError, match="has the depths d7, d3"):
-        save_weights(net, 4, tmp_path / "net.safetensors")
+    net = nets.elastic(nets.cifar(4, 14), [4, 2])
+    with pytest.raises(ValueError, match="has the depths d4, d2"):
+        save_weights(net, 3, tmp_path / "net.safetensors")
 
 
 class Stubborn(nn.Module):
@@ -94,9 +94,9 @@ class Stubborn(nn.Module):
 
 
 def test_net_that_cannot_be_exported(nets, tmp_path):
-    net = nets.elastic(Stubborn(nets.cifar(4)), [7, 3])
-    with pytest.raises(ValueError, match="cannot export Stubborn at d3 for any number of images"):
-        save_program(net, "d3", tmp_path / "net.pt2")
+    net = nets.elastic(Stubborn(nets.cifar(4, 14)), [4, 2])
+    with pytest.raises(ValueError, match="cannot export Stubborn at d2 for any number of images"):
+        save_program(net, "d2", tmp_path / "net.pt2")
 
 
 def test_library_that_is_not_installed():

@@ -11,7 +11,7 @@ pytest.importorskip("onnxscript")
 @pytest.fixture(scope="module", params=["cifar", "convnext"])
 def files(nets, request, tmp_path_factory):
     """A net, its file and the 8-bit one."""
-    build, arguments = {"cifar": (nets.cifar, 8), "convnext": (nets.convnext, [2, 1, 1, 1])}[
+    build, arguments = {"cifar": (nets.cifar, 8), "convnext": (nets.convnext, [1, 1, 1, 1])}[
         request.param
     ]
     net = nets.elastic(build(arguments), 2)

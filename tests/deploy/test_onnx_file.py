@@ -11,16 +11,16 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 NETS = {
-    "weights_per_depth": ("resnet", [1, 2, 1, 1], {"per_depth_affine": True}),
-    "layer_norm": ("convnext", [2, 1, 1, 1], {}),
-    "attention": ("vit", 2, {}),
+    "weights_per_depth": ("cifar", (4, 8), {"per_depth_affine": True}),
+    "layer_norm": ("convnext", ([1, 1, 1, 1],), {}),
+    "attention": ("vit", (2,), {}),
 }
 
 
 @pytest.fixture(scope="module", params=NETS)
 def net(nets, request):
-    build, layers, options = NETS[request.param]
-    return nets.elastic(getattr(nets, build)(layers), 2, policy="round_robin", **options)
+    build, arguments, options = NETS[request.param]
+    return nets.elastic(getattr(nets, build)(*arguments), 2, **options)
 
 
 def close(found, expected):
@@ -50,7 +50,7 @@ def test_a_file_for_each_depth_and_one_for_all(nets, net, files):
 @pytest.fixture(scope="module")
 def shared(nets, tmp_path_factory):
     """A net and its one file."""
-    net = nets.elastic(nets.cifar(8), [7, 5, 2])
+    net = nets.elastic(nets.cifar(16, 14), [4, 3, 1])
     path = tmp_path_factory.mktemp("shared") / "all.onnx"
     save_onnx_all_depths(net, path)
     return net, path
@@ -58,10 +58,11 @@ def shared(nets, tmp_path_factory):
 
 @settings(max_examples=30, deadline=None)
 @given(limit=st.integers(-(2**63), 2**63 - 1), count=st.integers(1, 9), seed=st.integers(0, 99))
-@example(limit=7, count=1, seed=0)
-@example(limit=6, count=1, seed=0)
-@example(limit=5, count=1, seed=0)
+@example(limit=4, count=1, seed=0)
+@example(limit=3, count=1, seed=0)
 @example(limit=2, count=1, seed=0)
+@example(limit=1, count=1, seed=0)
+@example(limit=0, count=1, seed=0)
 def test_the_deepest_depth_within_the_limit_runs(nets, shared, limit, count, seed):
     net, path = shared
     fits = [depth for depth in net.depths if depth.blocks <= limit] or [net.depths[-1]]
@@ -81,9 +82,8 @@ def test_weights_are_in_the_file_once(nets, shared, tmp_path):
     # The exporter gives each convolution a bias of zeros.
     stored = [a.size for a in arrays if a.dtype == "float32" and a.any()]
     assert sum(stored) == sum(a.size for a in distinct.values())
-    save_onnx(net, 7, tmp_path / "deepest.onnx")
-    # Its weights are few: with twice the width less than 1.05.
-    assert path.stat().st_size < 1.15 * (tmp_path / "deepest.onnx").stat().st_size
+    save_onnx(net, 4, tmp_path / "deepest.onnx")
+    assert path.stat().st_size < 1.05 * (tmp_path / "deepest.onnx").stat().st_size
 
 
 def graphs(graph):
@@ -116,16 +116,16 @@ def test_onnxruntime_optimises_a_depth_as_in_a_file_of_its_own(nets, net, files)
 
 def test_some_of_the_depths(nets, shared, tmp_path):
     net, _ = shared
-    save_onnx_all_depths(net, tmp_path / "some.onnx", ["d5", 2])
+    save_onnx_all_depths(net, tmp_path / "some.onnx", ["d3", 1])
     batch = nets.images()
-    for limit, runs in ((7, 5), (5, 5), (4, 2), (0, 2)):
+    for limit, runs in ((4, 3), (3, 3), (2, 1), (0, 1)):
         found = nets.run_onnx(tmp_path / "some.onnx", batch, depth=limit)
         close(found, nets.logits_at(net, runs, batch))
 
 
 @pytest.mark.parametrize(
     ("depths", "message"),
-    [([5], "at least two of them, found 1"), ([5, 4], "d7, d5, d2; 4 is none of them")],
+    [([3], "at least two of them, found 1"), ([3, 2], "d4, d3, d1; 2 is none of them")],
 )
 def test_depths_that_do_not_make_a_file(shared, tmp_path, depths, message):
     with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_depths_that_do_not_make_a_file(shared, tmp_path, depths, message):
 
 def test_what_the_files_say(shared, tmp_path):
     net, path = shared
-    save_onnx(net, 2, tmp_path / "own.onnx")
+    save_onnx(net, 1, tmp_path / "own.onnx")
     for file in (path, tmp_path / "own.onnx"):
         model = onnx.load(file)
         onnx.checker.check_model(model, full_check=True)
