@@ -72,6 +72,54 @@ def accuracy(name: str) -> str:
     return markdown(["method", "net", *depths], rows) + source(result)
 
 
+def onnx_files(name: str) -> str:
+    """Size and time of the ONNX file for all depths, and time of the 8-bit ones."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    header = [
+        "net", "one file, MB", "size, ratio", "memory, ratio", "depth", "own file, ms",
+        "one file, ratio", "8 bits, ratio",
+    ]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        first = [
+            f"{row['net']}, {row['size']}²",
+            f"{row['one_file_bytes'] / 1e6:.2f}",
+            f"**{row['size_ratio']:.3f}**",
+            f"{row['one_session_bytes'] / row['own_sessions_bytes']:.2f}",
+        ]
+        for depth in row["depths"]:
+            cells = [
+                depth["depth"],
+                f"{statistics.median(depth['own_file_ms']):.3g}",
+                f"**{depth['time_ratio']:.3f}**",
+                f"{depth['int8_time_ratio']:.2f}",
+            ]
+            rows.append([*first, *cells])
+            first = [""] * len(first)
+    return markdown(header, rows) + source(result)
+
+
+def int8_accuracy(name: str) -> str:
+    """Accuracy of each depth before and after it is quantised."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    header = ["data", "net", "depth", "accuracy", "with 8 bits", "points", "size, ratio"]
+    rows = []
+    for row in result["rows"]:
+        before, after = 100 * row["accuracy"], 100 * row["int8_accuracy"]
+        rows.append(
+            [
+                row["data"],
+                f"{row['backbone']}, {row['net']}",
+                row["depth"],
+                f"{before:.2f}",
+                f"{after:.2f}",
+                f"{after - before:+.2f}",
+                f"{row['int8_bytes'] / row['bytes']:.2f}",
+            ]
+        )
+    return markdown(header, rows) + source(result)
+
+
 def spread(values: list[float] | None) -> str:
     """Mean and standard deviation, in per cent."""
     if not values:
@@ -90,6 +138,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
     "digits": per_depth,
+    "onnx_files": onnx_files,
+    "int8_accuracy": int8_accuracy,
 }
 
 

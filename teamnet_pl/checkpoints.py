@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+CONFIG_KEY = "teamnet_config"
+"""Where a checkpoint holds, as YAML text, what makes its team and its data."""
+
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
     """Loads a file that `torch.save` or safetensors wrote, as tensors and plain values.

@@ -58,3 +58,32 @@ def test_accuracy(script, tmp_path):
     depths = {row["depth"] for row in rows if row["net"] == "alone"}
     assert depths == {row["depth"] for row in rows if row["net"] == "a"}
     assert all(0 <= row[split] <= 1 for row in rows for split in ("val", "test"))
+
+
+@pytest.mark.slow
+def test_onnx_files(script, tmp_path):
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "out.json"
+    options = ["--only", "ResNet-20 (CIFAR)", "--depths", 2, "--repeats", 2, "--seconds", 0.001]
+    done = script("onnx_files.py", *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert 1 < row["size_ratio"] < 1.05
+    assert [depth["blocks_per_stage"] for depth in row["depths"]] == [[3, 2, 2], [0, 0, 0]]
+    for depth in row["depths"]:
+        assert depth["largest_difference"] < 1e-4
+        assert len(depth["one_file_ms"]) == len(depth["own_file_ms"]) == len(depth["int8_ms"]) == 2
+        assert depth["int8_bytes"] < 0.5 * depth["own_file_bytes"]
+
+
+@pytest.mark.slow
+def test_int8_accuracy(script, cli, tmp_path):
+    pytest.importorskip("onnxscript")
+    cli(tmp_path, "fit")
+    checkpoint = tmp_path / "logs/version_0/checkpoints/best.ckpt"
+    out = tmp_path / "out.json"
+    done = script("int8_accuracy.py", "--ckpt_path", checkpoint, "--teammates", "b", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["depth"] for row in rows] == ["d7", "d5", "d2"]
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "int8_accuracy"))

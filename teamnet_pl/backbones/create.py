@@ -20,7 +20,7 @@ from teamnet_pl.backbones.from_torchvision import small_image_resnet, torchvisio
 from teamnet_pl.backbones.wide_resnet import WideResNet
 from teamnet_pl.checkpoints import load_checkpoint
 
-_WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone")
+_WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 _RESNETS = [
     name
     for name in torchvision.models.list_models(module=torchvision.models)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from teamnet_pl.commands.blocks import show_blocks
+from teamnet_pl.commands.export import export
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "blocks": show_blocks,
+    "export": export,
 }
 
-__all__ = ["COMMANDS", "show_blocks"]
+__all__ = ["COMMANDS", "export", "show_blocks"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
@@ -52,6 +52,11 @@ class TeammateConfig(BackboneConfig):
     interleaved: bool = False
     blocks: list[str] | None = None
     per_depth_affine: bool = False
+
+    def elastic_options(self) -> dict[str, Any]:
+        """What `ElasticNet` takes beside the backbone and its input's shape."""
+        names = ("depths", "policy", "interleaved", "blocks", "per_depth_affine")
+        return {name: getattr(self, name) for name in names}
 
 
 class Team(LightningModule):
@@ -140,11 +145,7 @@ class Team(LightningModule):
                 self.teammates[name] = ElasticNet(
                     create_backbone(config, num_classes, input_shape[0]),
                     input_shape,
-                    depths=config.depths,
-                    policy=config.policy,
-                    interleaved=config.interleaved,
-                    blocks=config.blocks,
-                    per_depth_affine=config.per_depth_affine,
+                    **config.elastic_options(),
                 )
         self.transfers = cooperation.transfers(
             {name: [depth.name for depth in net.depths] for name, net in self.elastic_nets.items()},

@@ -1,0 +1,19 @@
+"""A chosen depth outside training."""
+
+from teamnet_pl.deploy.export import save_executorch, save_program, save_weights
+from teamnet_pl.deploy.files import export_files
+from teamnet_pl.deploy.hub import Teammate
+from teamnet_pl.deploy.int8 import onnx_accuracy, save_onnx_int8
+from teamnet_pl.deploy.onnx_file import save_onnx, save_onnx_all_depths
+
+__all__ = [
+    "Teammate",
+    "export_files",
+    "onnx_accuracy",
+    "save_executorch",
+    "save_onnx",
+    "save_onnx_all_depths",
+    "save_onnx_int8",
+    "save_program",
+    "save_weights",
+]

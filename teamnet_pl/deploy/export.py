@@ -1,0 +1,126 @@
+"""Plain files of one depth: weights, `torch.export` and ExecuTorch programs."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from teamnet_pl.elastic import DepthLike, ElasticNet
+from teamnet_pl.elastic.evaluation import example_images
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Imports a library that not every installation has.
+
+    Args:
+        module: What to import.
+        extra: The extra of this package that installs it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"This needs {error.name}, which is not installed: pip install 'teamnet_pl[{extra}]'"
+        ) from error
+
+
+def plain_net(net: ElasticNet, depth: DepthLike) -> nn.Module:
+    """One depth as a plain net on the CPU, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: If the net has no such depth, or cannot do without the skipped blocks.
+    """
+    return net.extract(depth).cpu().eval().requires_grad_(False)
+
+
+def save_weights(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
+    """Saves the weights of one depth for the plain net that has just this depth.
+
+    For a ResNet-50 that keeps 3, 4, 2 and 1 blocks it is the state dict of torchvision's
+    ``ResNet(Bottleneck, [3, 4, 2, 1])``. `safetensors.torch.load_model` loads it, strictly.
+
+    Args:
+        net: The net.
+        depth: One of its depths.
+        path: The safetensors file.
+
+    Raises:
+        ValueError: If the net has no such depth, or cannot do without the skipped blocks.
+    """
+    save_model(plain_net(net, depth), str(path))
+
+
+def exported_program(
+    net: ElasticNet, depth: DepthLike, batch_size: int | None = None
+) -> ExportedProgram:
+    """Exports one depth with `torch.export`.
+
+    Args:
+        net: The net.
+        depth: One of its depths.
+        batch_size: Number of images that the program takes; by default any.
+
+    Returns:
+        A program that maps images ``(N, *net.input_shape)`` to logits ``(N, classes)``.
+
+    Raises:
+        ValueError: If the net has no such depth, cannot do without the skipped blocks, or cannot be
+            exported.
+    """
+    plain = plain_net(net, depth)
+    # Two: torch.export takes a single example for a batch that is always one.
+    images = example_images(plain, batch_size or 2, net.input_shape)
+    shapes = None if batch_size else ({0: Dim("batch")},)
+    try:
+        return torch.export.export(plain, (images,), dynamic_shapes=shapes)
+    except Exception as error:  # whatever the tracer stumbles over
+        size = batch_size or "any number of"
+        raise ValueError(
+            f"torch.export cannot export {type(plain).__name__} at {depth} for {size} images: "
+            f"{error}"
+        ) from error
+
+
+def save_program(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
+    """Saves one depth as a `torch.export` program, which `torch.export.load` loads.
+
+    Args:
+        net: The net.
+        depth: One of its depths.
+        path: The ``.pt2`` file.
+
+    Raises:
+        ValueError: As `exported_program`.
+    """
+    torch.export.save(exported_program(net, depth), path)
+
+
+def save_executorch(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
+    """Saves one depth as an ExecuTorch program for the processors of phones and boards.
+
+    It takes one image at a time, and runs on XNNPACK.
+
+    Args:
+        net: The net.
+        depth: One of its depths.
+        path: The ``.pte`` file.
+
+    Raises:
+        ValueError: As `exported_program`.
+        ModuleNotFoundError: If the extra ``executorch`` is not installed.
+    """
+    exir = optional("executorch.exir", "executorch")
+    xnnpack = optional("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    program = exir.to_edge_transform_and_lower(
+        exported_program(net, depth, batch_size=1), partitioner=[xnnpack.XnnpackPartitioner()]
+    )
+    Path(path).write_bytes(program.to_executorch().buffer)

@@ -1,0 +1,40 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("executorch")
+
+# In a process of its own: what ExecuTorch warns of is not ours to fix.
+SAVE = """
+import torch
+from teamnet_pl.deploy import save_executorch
+net = torch.load("net.pt", weights_only=False)
+for depth in net.depths:
+    save_executorch(net, depth, f"{depth}.pte")
+"""
+RUN = """
+import sys
+import torch
+from executorch.runtime import Runtime
+sys.modules["teamnet_pl"] = None
+for name, (image, logits) in torch.load("expected.pt").items():
+    program = Runtime.get().load_program(f"{name}.pte")
+    (found,) = program.load_method("forward").execute([image])
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_each_depth(nets, tmp_path):
+    net = nets.elastic(nets.cifar(4), [7, 3])
+    torch.save(net, tmp_path / "net.pt")
+    image = nets.images(1)
+    expected = {depth.name: (image, nets.logits_at(net, depth, image)) for depth in net.depths}
+    torch.save(expected, tmp_path / "expected.pt")
+    for script in (SAVE, RUN):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "d3.pte").stat().st_size < (tmp_path / "d7.pte").stat().st_size

@@ -1,0 +1,215 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
+
+from teamnet_pl import Team, TeammateConfig
+from teamnet_pl.deploy import Teammate
+from teamnet_pl.elastic import depth_costs
+
+pytestmark = [
+    # huggingface_hub opens a model card and a config without closing them.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+]
+TINY = TeammateConfig(options={"width": 4}, depths=[7, 5, 2], policy="evenly_spread")
+IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def teammate(nets):
+    net = Teammate(10, (1, 8, 8), TINY, [0.3], [0.2], {"d7": 0.875, "d2": 0.5}, "test")
+    nets.train(net)
+    return net
+
+
+def assert_same(found, expected):
+    assert isinstance(found, Teammate)
+    assert not found.training
+    assert found.depths == expected.depths
+    for name in ("num_classes", "input_shape", "mean", "std", "accuracy", "split", "config"):
+        assert getattr(found, name) == getattr(expected, name), name
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(state[name], value), name
+    with torch.no_grad():
+        assert torch.equal(found.packed(IMAGES), expected.eval().packed(IMAGES))
+
+
+def test_folder(teammate, tmp_path):
+    teammate.save_pretrained(tmp_path / "net")
+    assert {path.name for path in (tmp_path / "net").iterdir()} == {
+        "README.md", "config.json", "model.safetensors"
+    }  # fmt: skip
+    found = Teammate.from_pretrained(tmp_path / "net")
+    assert_same(found, teammate)
+    found.save_pretrained(tmp_path / "again")
+    again = (tmp_path / "again" / "config.json").read_text()
+    assert again == (tmp_path / "net" / "config.json").read_text()
+
+
+def test_weights_per_depth(nets, tmp_path):
+    config = TeammateConfig(options={"width": 4}, depths=3, per_depth_affine=True)
+    net = Teammate(10, (1, 8, 8), config)
+    nets.train(net)
+    net.save_pretrained(tmp_path)
+    assert_same(Teammate.from_pretrained(tmp_path), net)
+
+
+def test_push_and_pull(teammate, tmp_path, monkeypatch, fake_hub):
+    monkeypatch.setattr(constants, "ENDPOINT", fake_hub.url)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        fake_hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    teammate.push_to_hub("me/net", token="secret")
+    assert fake_hub.files.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert_same(Teammate.from_pretrained("me/net", cache_dir=tmp_path), teammate)
+
+    fake_hub.files["pytorch_model.bin"] = fake_hub.files.pop("model.safetensors")
+    with pytest.raises(ValueError, match=r"There is no model\.safetensors"):
+        Teammate.from_pretrained("me/net", cache_dir=tmp_path / "other")
+
+
+def test_model_card(teammate, tmp_path):
+    teammate.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "teamnet_pl"
+    assert card.data.pipeline_tag == "image-classification"
+    rows = [line.split(" | ") for line in card.text.splitlines() if line.startswith("| d")]
+    assert rows[0][-1] == "accuracy, test split |"
+    assert [row[0] for row in rows[1:]] == ["| d7", "| d5", "| d2"]
+    assert [row[-1] for row in rows[1:]] == ["87.50% |", " |", "50.00% |"]
+    costs = depth_costs(teammate, (1, 8, 8)).values()
+    assert [row[2:4] for row in rows[1:]] == [[f"{c.macs:,}", f"{c.parameters:,}"] for c in costs]
+    assert "less [0.3], divided by [0.2]" in card.text
+
+
+def test_example_of_the_model_card_runs(teammate, tmp_path):
+    teammate.save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    found = {"images": IMAGES}
+    exec(code.replace('"..."', repr(str(tmp_path))), found)
+    with torch.no_grad():
+        torch.testing.assert_close(found["small"](IMAGES), found["logits"])
+
+
+def test_card_of_a_net_of_which_less_is_known(tmp_path):
+    Teammate(10, (1, 8, 8), TINY).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert "accuracy" not in card
+    assert "divided" not in card
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_pickled_code_is_not_run(teammate, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    teammate.save_pretrained("net")
+    Path("net/model.safetensors").unlink()
+    Path("net", name).write_bytes(pickle.dumps({"backbone.conv1.weight": Bomb()}))
+    with pytest.raises(Exception, match=r"(?i)header|no such file"):
+        Teammate.from_pretrained("net")
+    assert not Path("ran").exists()
+
+
+def test_weights_that_lack_some(teammate, tmp_path):
+    from safetensors.torch import save_file
+
+    teammate.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["backbone.conv1.weight"]
+    save_file(weights, path)
+    with pytest.raises(RuntimeError, match=r"conv1\.weight"):
+        Teammate.from_pretrained(tmp_path)
+
+
+def test_config_runs_nothing(teammate, tmp_path, own_nets):
+    teammate.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["net"] |= {"name": "pathlib.Path.touch", "options": {"self": "ran"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="neither of torchvision nor of timm"):
+        Teammate.from_pretrained(tmp_path)
+
+
+def test_own_backbone_if_trusted(tmp_path, own_nets):
+    config = TeammateConfig("own_nets.GroupNormNet", {"width": 6}, depths=[4, 1])
+    net = Teammate(10, (1, 8, 8), config).eval()
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"own_nets\.GroupNormNet.*pass trust_import=True"):
+        Teammate.from_pretrained(tmp_path)
+    assert_same(Teammate.from_pretrained(tmp_path, trust_import=True), net)
+
+
+def test_weights_to_start_from_are_not_looked_for(tmp_path):
+    config = TeammateConfig(
+        "timm/resnet18", {"checkpoint_path": "/nowhere"}, checkpoint="/nowhere", depths=2
+    )
+    Teammate(10, (3, 32, 32), config).save_pretrained(tmp_path)
+    Teammate.from_pretrained(tmp_path)
+
+
+def test_folder_without_config(teammate, tmp_path):
+    teammate.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json of a Teammate"):
+        Teammate.from_pretrained(tmp_path)
+
+
+# From the checkpoint of a training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cli, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    cli(folder, "fit")
+    return folder / "logs/version_0/checkpoints/best.ckpt"
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_from_checkpoint(checkpoint, name):
+    found = Teammate.from_checkpoint(checkpoint, name)
+    net = Team.load_from_checkpoint(checkpoint).eval().elastic_nets[name]
+    assert found.depths == net.depths
+    with torch.no_grad():
+        assert torch.equal(found.packed(IMAGES), net.packed(IMAGES))
+    assert (found.num_classes, found.input_shape) == (10, (1, 8, 8))
+    assert (found.mean, found.std) == ([0.3053], [0.3760])
+    assert found.split == "val"
+    rows = json.loads((checkpoint.parent / "per_depth.json").read_text())
+    for row in rows:
+        if row["net"] == name:
+            assert found.accuracy[row["depth"]] == row["accuracy"]
+    assert found.accuracy.keys() == {depth.name for depth in net.depths}
+
+
+def test_checkpoint_that_does_not_name_its_data(tiny, tmp_path):
+    team = tiny.team(b=None)
+    trainer = tiny.trainer(tmp_path)
+    trainer.strategy.connect(team)
+    trainer.save_checkpoint(tmp_path / "team.ckpt")
+    found = Teammate.from_checkpoint(tmp_path / "team.ckpt")
+    assert (found.mean, found.accuracy, found.split) == (None, {}, None)
+    with pytest.raises(ValueError, match="has the Teammates a, no b"):
+        Teammate.from_checkpoint(tmp_path / "team.ckpt", "b")
+
+
+def test_what_is_no_checkpoint_of_a_team(teammate, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        Teammate.from_checkpoint(tmp_path / "best.ckpt")
+    torch.save(teammate.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="is no checkpoint of a team: it holds backbone"):
+        Teammate.from_checkpoint(tmp_path / "weights.pt")
