@@ -135,7 +135,7 @@ def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
         rows = list(csv.DictReader(file))
     data = tiny.digits(batch_size=400)
     data.setup("predict")
-    images, _ = next(iter(data.predict_dataloader()))
+    images = data.normalize(next(iter(data.predict_dataloader()))[0])
     team = Team.load_from_checkpoint(best).eval()
     assert [int(row["index"]) for row in rows] == list(range(len(images)))
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
-from teamnet_pl.data.base import ImageDataModule
+from teamnet_pl.data.base import ImageDataModule, Split
 
 _FILES = (
     "train-images-idx3-ubyte",
@@ -73,11 +73,11 @@ class FashionMNIST(ImageDataModule):
             except (OSError, RuntimeError) as error:
                 raise FileNotFoundError(f"{missing} The download failed: {error}") from error
 
-    def load_split(self, train: bool) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        """Load the training or the test split.
+    def load_split(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
+        """Load one split.
 
         Args:
-            train: Whether to load the training split.
+            split: "train" or "test".
 
         Returns:
             The images, uint8 (1, 28, 28), with their labels; and the labels.
@@ -87,7 +87,9 @@ class FashionMNIST(ImageDataModule):
             ValueError: A file is damaged.
         """
         files = self._files()
-        images_file, labels_file = (files[name] for name in (_FILES[:2] if train else _FILES[2:]))
+        images_file, labels_file = (
+            files[name] for name in (_FILES[:2] if split == "train" else _FILES[2:])
+        )
         images = _read(images_file, read_image_file)
         labels = _read(labels_file, read_label_file)
         if len(images) != len(labels):
