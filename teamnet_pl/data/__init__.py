@@ -1,7 +1,26 @@
 """Image classification datasets as Lightning data modules."""
 
 from teamnet_pl.data.base import ImageDataModule
+from teamnet_pl.data.cifar import CIFAR10, CIFAR100, SVHN
 from teamnet_pl.data.digits import Digits
-from teamnet_pl.data.fashion_mnist import FashionMNIST
+from teamnet_pl.data.folders import ImageFolder, ImageNet, Imagenette, TinyImageNet
+from teamnet_pl.data.images import Statistics
+from teamnet_pl.data.mnist import EMNIST, MNIST, FashionMNIST
+from teamnet_pl.data.random_images import RandomImages
 
-__all__ = ["Digits", "FashionMNIST", "ImageDataModule"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "EMNIST",
+    "MNIST",
+    "SVHN",
+    "Digits",
+    "FashionMNIST",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageNet",
+    "Imagenette",
+    "RandomImages",
+    "Statistics",
+    "TinyImageNet",
+]

@@ -17,10 +17,11 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.loading import (
     Collate,
+    Draw,
     EpochSampler,
     ResumableLoader,
+    Skipped,
     TransformedSubset,
-    seeded,
 )
 
 Split = Literal["train", "val", "test"]
@@ -73,6 +74,7 @@ class ImageDataModule(LightningDataModule, ABC):
             of them: ``None`` for the dataset's standard recipe, ``[]`` for none. It gets one image
             of shape (C, H, W), as stored (integers in their full range or floats in [0, 1]);
             conversion to float and normalisation follow it.
+        extra_transform: Further augmentation after that, such as RandAugment or random erasing.
         mixup_alpha: Parameter of MixUp's Beta distribution (Zhang et al. 2018,
             arXiv:1710.09412); 0 turns it off.
         cutmix_alpha: Parameter of CutMix's Beta distribution (Yun et al. 2019,
@@ -96,6 +98,7 @@ class ImageDataModule(LightningDataModule, ABC):
     mean: Sequence[float]
     std: Sequence[float]
     has_val = False
+    skipped: Skipped | None = None  # where images that can't be read are noted
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class ImageDataModule(LightningDataModule, ABC):
         split_seed: int = 0,
         num_workers: int | None = None,
         train_transform: v2.Transform | list[v2.Transform] | None = None,
+        extra_transform: v2.Transform | list[v2.Transform] = [],  # noqa: B006 (never changed)
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
     ) -> None:
@@ -131,6 +135,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.train_transform = train_transform
+        self.extra_transform = extra_transform
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
 
@@ -159,8 +164,8 @@ class ImageDataModule(LightningDataModule, ABC):
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
         if stage in ("fit", "validate"):
             (train_data, train), (val_data, val) = self._train_and_val()
-            self.train_set = TransformedSubset(train_data, train, self._augmentation())
-            self.val_set = TransformedSubset(val_data, val, evaluation)
+            self.train_set = self._served(train_data, train, self._augmentation())
+            self.val_set = self._served(val_data, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")
             self._check_shape(self.train_set, "train_transform")
             seed = torch.initial_seed()
@@ -170,7 +175,7 @@ class ImageDataModule(LightningDataModule, ABC):
             self._seed = int(np.random.default_rng(seed).integers(2**31))
         else:
             dataset, labels = self._load_checked("test")
-            self.test_set = TransformedSubset(dataset, np.arange(len(labels)), evaluation)
+            self.test_set = self._served(dataset, np.arange(len(labels)), evaluation)
             self._check_shape(self.test_set, "the evaluation transform")
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,11 +290,20 @@ class ImageDataModule(LightningDataModule, ABC):
         chosen = self.train_transform
         if chosen is None:
             chosen = self.default_train_transform()
-        return v2.Compose([v2.ToImage(), *(chosen if isinstance(chosen, list) else [chosen])])
+        steps: list[v2.Transform] = [v2.ToImage()]
+        for part in (chosen, self.extra_transform):
+            steps += part if isinstance(part, list) else [part]
+        return v2.Compose(steps)
+
+    def _served(
+        self, dataset: Dataset[Any], indices: npt.NDArray[np.int64], transform: v2.Transform
+    ) -> TransformedSubset:
+        return TransformedSubset(dataset, indices, transform, self.skipped)
 
     def _check_shape(self, subset: TransformedSubset, transform: str) -> None:
-        with seeded(0):
-            shape = tuple(subset[0][0].shape)
+        sample = subset[Draw(0, seed=0)]
+        assert sample is not None  # as it is asked for with a seed
+        shape = tuple(sample[0].shape)
         if shape != self.input_shape:
             raise ValueError(
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
@@ -309,7 +323,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": device == "cuda",
-            "collate_fn": Collate(mixes),
+            "collate_fn": Collate(self.input_shape, mixes),
         }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +108,30 @@ class ResumableLoader(DataLoader[Any]):
         self.sampler.set_epoch(self.sampler.epoch + 1)
 
 
+class UnreadableImageError(ValueError):
+    """An image that can't be read, by name."""
+
+
+class Skipped:
+    """Notes the images that were skipped by this process and its workers."""
+
+    def __init__(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="teamnet-skipped-")
+        os.close(handle)
+        self._file = Path(name)
+
+    def add(self, problem: UnreadableImageError) -> None:
+        """Notes one."""
+        with self._file.open("a") as file:
+            file.write(" ".join(str(problem).split()) + "\n")
+
+    def pop(self) -> list[str]:
+        """What was noted, each once; this is the end of it."""
+        problems = sorted(set(self._file.read_text().splitlines()))
+        self._file.unlink()
+        return problems
+
+
 class TransformedSubset(Dataset[Any]):
     """Some images of a dataset, each transformed as it is read.
 
@@ -112,27 +139,46 @@ class TransformedSubset(Dataset[Any]):
         dataset: Map-style dataset of (image, label).
         indices: Which of its samples to serve, in this order.
         transform: Applied to the image.
+        skipped: Where to note images that can't be read; ``None`` for an error.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], indices: npt.NDArray[np.int64], transform: v2.Transform
+        self,
+        dataset: Dataset[Any],
+        indices: npt.NDArray[np.int64],
+        transform: v2.Transform,
+        skipped: Skipped | None = None,
     ) -> None:
         self.dataset = dataset
         self.indices = indices
         self.transform = transform
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int | Draw) -> tuple[Any, ...]:
-        """Image and label, and the seed if asked for with one."""
-        if isinstance(item, Draw):
-            with seeded(item.seed):
-                return (*self._sample(item.image), item.seed)
-        return self._sample(item)
+    def __getitem__(self, item: int | Draw) -> tuple[Any, ...] | None:
+        """Image and label; ``None`` if skipped.
 
-    def _sample(self, index: int) -> tuple[Tensor, Any]:
-        image, label = self.dataset[int(self.indices[index])]
+        Asked for with a seed, there is always one, if need be of the next image, and the seed.
+        """
+        if not isinstance(item, Draw):
+            return self._sample(item)
+        for index in range(item.image, item.image + len(self)):
+            with seeded(item.seed):
+                sample = self._sample(index % len(self))
+            if sample is not None:
+                return (*sample, item.seed)
+        raise UnreadableImageError(f"None of {len(self)} images can be read.")
+
+    def _sample(self, index: int) -> tuple[Tensor, Any] | None:
+        try:
+            image, label = self.dataset[int(self.indices[index])]
+        except UnreadableImageError as problem:
+            if self.skipped is None:
+                raise
+            self.skipped.add(problem)
+            return None
         return self.transform(image), label
 
 
@@ -140,16 +186,22 @@ class Collate:
     """Makes a batch of samples, and mixes its images.
 
     Args:
+        shape: (channels, height, width) of the images.
         mix: MixUp, CutMix and the like, of which each batch gets one.
     """
 
-    def __init__(self, mix: Sequence[v2.Transform] = ()) -> None:
+    def __init__(self, shape: Sequence[int], mix: Sequence[v2.Transform] = ()) -> None:
+        self.shape = shape
         self.mix = v2.RandomChoice(list(mix)) if mix else None
 
-    def __call__(self, samples: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
-        """Stacks (image, label) or (image, label, seed)."""
-        images, labels = default_collate([sample[:2] for sample in samples])
-        if self.mix is None:
-            return images, labels
-        with seeded(samples[0][2] if len(samples[0]) > 2 else None):
-            return self.mix(v2.functional.to_dtype(images, torch.float32, scale=True), labels)  # type: ignore[no-any-return]
+    def __call__(self, samples: list[tuple[Any, ...] | None]) -> tuple[Tensor, Tensor]:
+        """Stacks (image, label) or (image, label, seed), without those skipped."""
+        found = [sample for sample in samples if sample is not None]
+        if not found:
+            return torch.empty(0, *self.shape), torch.empty(0, dtype=torch.int64)
+        images, labels = default_collate([sample[:2] for sample in found])
+        if self.mix is not None:
+            images = v2.functional.to_dtype(images, torch.float32, scale=True)
+            with seeded(found[0][2] if len(found[0]) > 2 else None):
+                images, labels = self.mix(images, labels)
+        return images, labels

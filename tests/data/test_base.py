@@ -277,6 +277,17 @@ def test_train_transform_augments_training_images_only():
     assert np.allclose(pixels(val)[:, 2, :, : WIDTH // 2], 255)
 
 
+@pytest.mark.parametrize("kind", [list, lambda transforms: transforms[0]], ids=["list", "one"])
+def test_extra_transform_follows_the_others(kind):
+    half = v2.Lambda(lambda image: image // 2)
+    shift = v2.Lambda(lambda image: image + 10)
+    data = toy(batch_size=180, train_transform=half, extra_transform=kind([shift]))
+    ((images, _),) = data.train_dataloader()
+    assert set(pixels(images)[:, 2].ravel().tolist()) == {10, 255 // 2 + 10}
+    ((images, _),) = data.val_dataloader()
+    assert set(pixels(images)[:, 2].ravel().tolist()) == {0, 255}
+
+
 def test_default_and_evaluation_transforms_of_a_subclass():
     class Changed(Toy):
         def default_train_transform(self):
