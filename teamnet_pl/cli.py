@@ -118,7 +118,7 @@ class TeamCLI(LightningCLI):
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
         try:
             super().instantiate_classes()
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             self._parser(self.subcommand).error(str(error))
 
     def after_fit(self) -> None:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import scipy.io
 from PIL import Image
@@ -239,6 +241,53 @@ class OnDisk:
         self.patch.setattr(data.TinyImageNet, "md5", md5(path))
         self.patch.setattr(data.TinyImageNet, "num_classes", 3)
         return self.folder
+
+    def medmnist(self, name="pathmnist", size=28):
+        from medmnist import INFO
+
+        info = INFO[name]
+        arrays, classes = {}, len(info["label"])
+        for seed, (split, count) in enumerate({"train": 30, "val": 10, "test": 12}.items()):
+            arrays[f"{split}_images"] = pixels(count, size, info["n_channels"], seed)
+            arrays[f"{split}_labels"] = (np.arange(count, dtype=np.uint8) % classes)[:, None]
+        suffix = "" if size == 28 else f"_{size}"
+        path = self.folder / f"{name}{suffix}.npz"
+        np.savez(path, **arrays)
+        self.patch.setitem(info, f"MD5{suffix}", md5(path))
+        return self.folder
+
+    def parquet(self, labels=None, kind="class", more=(), splits=("train", "validation", "test")):
+        """Files as on the Hub: images as bytes, and the features in the schema.
+
+        Args:
+            labels: Of each split, from its number of rows; by default one of three in turn.
+            kind: Of the label: "class", "list" or a type.
+            more: Names of further columns with labels.
+            splits: Names of the splits.
+        """
+        import datasets as library
+
+        # Not in the home of who runs the tests.
+        self.patch.setattr(library.config, "HF_DATASETS_CACHE", self.folder / "cache")
+        root = self.folder / "parquet"
+        (root / "data").mkdir(parents=True)
+        feature = {
+            "class": {"names": ["ant", "bee", "cow"], "_type": "ClassLabel"},
+            "list": {"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"},
+        }.get(kind, {"dtype": kind, "_type": "Value"})
+        for seed, (split, count) in enumerate(zip(splits, (30, 10, 12), strict=False)):
+            values = labels(count) if labels else [i % 3 for i in range(count)]
+            images = [
+                {"bytes": encoded(image, "PNG"), "path": f"{split}_{i}.png"}
+                for i, image in enumerate(pixels(count, 24, seed=seed))
+            ]
+            columns = {"img": images} | dict.fromkeys(("label", *more), values)
+            features = {"img": {"_type": "Image"}} | dict.fromkeys(("label", *more), feature)
+            table = pyarrow.table({name: pyarrow.array(own) for name, own in columns.items()})
+            about = {"huggingface": json.dumps({"info": {"features": features}})}
+            path = root / f"data/{split}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(table.replace_schema_metadata(about), path)
+        return root
 
 
 @pytest.fixture

@@ -19,9 +19,11 @@ CASES = {
     "digits": ["--data.train_size", 50],
     "emnist": [],
     "fashion_mnist": [],
+    "hugging_face": [],
     "image_folder": ["--data.image_size", 32],
     "imagenet": ["--data.image_size", 32, "--data.val_fraction", 0.25],
     "imagenette": ["--data.image_size", 32],
+    "medmnist": ["--data.val_fraction", "null"],  # it has a validation split
     "mnist": [],
     "random": ["--data.train_images", 100, "--data.test_images", 20],
     "svhn": [],
@@ -66,7 +68,9 @@ def train_and_test(cli, folder, *options):
 @pytest.mark.parametrize("name", CASES)
 def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
     options = CASES[name]
-    if write := getattr(on_disk, name, None):
+    if name == "hugging_face":
+        options = ["--data.path", on_disk.parquet(), *options]
+    elif write := getattr(on_disk, name, None):
         options = ["--data.root", write(), "--data.val_fraction", 0.25, *options]
     train_and_test(cli, tmp_path, "--config", CONFIGS / f"{name}.yaml", *options)
 
