@@ -9,6 +9,7 @@ from teamnet_pl.data.images import Statistics
 from teamnet_pl.data.medmnist import MedMNIST
 from teamnet_pl.data.mnist import EMNIST, MNIST, FashionMNIST
 from teamnet_pl.data.random_images import RandomImages
+from teamnet_pl.data.shards import Shards
 
 __all__ = [
     "CIFAR10",
@@ -25,6 +26,7 @@ __all__ = [
     "Imagenette",
     "MedMNIST",
     "RandomImages",
+    "Shards",
     "Statistics",
     "TinyImageNet",
 ]

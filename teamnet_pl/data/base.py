@@ -168,15 +168,19 @@ class ImageDataModule(LightningDataModule, ABC):
             self.val_set = self._served(val_data, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")
             self._check_shape(self.train_set, "train_transform")
-            seed = torch.initial_seed()
-            if self.trainer:  # each process has its own, unless the user seeded all alike
-                seed = self.trainer.strategy.broadcast(seed)
-            # Neighbours would share epochs: the sampler adds the epoch to its seed.
-            self._seed = int(np.random.default_rng(seed).integers(2**31))
+            self.draw_seed()
         else:
             dataset, labels = self._load_checked("test")
             self.test_set = self._served(dataset, np.arange(len(labels)), evaluation)
             self._check_shape(self.test_set, "the evaluation transform")
+
+    def draw_seed(self) -> None:
+        """Draws what order and augmentation depend on from the run's seed."""
+        seed = torch.initial_seed()
+        if self.trainer:  # each process has its own, unless the user seeded all alike
+            seed = self.trainer.strategy.broadcast(seed)
+        # Neighbours would share epochs: the sampler adds the epoch to its seed.
+        self._seed = int(np.random.default_rng(seed).integers(2**31))
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, so that a resumed run goes on with the same batches."""
@@ -188,19 +192,13 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented training batches."""
-        mixes = [
-            mix(alpha=float(alpha), num_classes=self.num_classes)  # torch fails on an int
-            for mix, alpha in ((v2.MixUp, self.mixup_alpha), (v2.CutMix, self.cutmix_alpha))
-            if alpha > 0
-        ]
-        trainer = self.trainer
-        processes, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        processes, rank = self._processes()
         return ResumableLoader(
             self.train_set,
             sampler=EpochSampler(self.train_set, self._seed, processes, rank),
             # Batch norm can't train on a last batch of one image.
             drop_last=len(self.train_set) // processes > self.batch_size,
-            **self._loader_options(mixes),
+            **self._loader_options(self._mixes()),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -309,6 +307,17 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
                 f"input_shape is {self.input_shape}. The transform has to crop or resize to it."
             )
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _mixes(self) -> list[v2.Transform]:
+        return [
+            mix(alpha=float(alpha), num_classes=self.num_classes)  # torch fails on an int
+            for mix, alpha in ((v2.MixUp, self.mixup_alpha), (v2.CutMix, self.cutmix_alpha))
+            if alpha > 0
+        ]
 
     def _loader_options(self, mixes: Sequence[v2.Transform] = ()) -> dict[str, Any]:
         device, workers = "cpu", self.num_workers

@@ -269,12 +269,25 @@ class EncodedImageDataModule(ImageDataModule):
         """Load and split what the stage needs (Lightning's hook)."""
         self.skipped = Skipped() if self.on_error == "skip" else None
         super().setup(stage)
+        images = None
+        if self.statistics == "data":
+            in_use = stage in ("fit", "validate")
+            images = self.train_set.dataset if in_use else self.load_split("train")[0]
+        self.set_statistics(images)
+
+    def set_statistics(self, images: Dataset[Any] | None) -> None:
+        """Sets ``mean`` and ``std``.
+
+        Args:
+            images: Training images to measure; ``None`` if they are known.
+
+        Raises:
+            ValueError: They were given for another number of channels.
+        """
         channels = self.input_shape[0]
         if isinstance(self.statistics, Statistics):
             self.mean, self.std = self.statistics.mean, self.statistics.std
-        elif self.statistics == "data":
-            in_use = stage in ("fit", "validate")
-            images = self.train_set.dataset if in_use else self.load_split("train")[0]
+        elif images is not None:
             self.mean, self.std = self._measured(images)
         elif channels == 3:
             self.mean, self.std = _IMAGENET

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,17 +75,25 @@ class EpochSampler(DistributedSampler[Draw]):
             yield Draw(index, int(seeds[index]))
 
 
-class ResumableLoader(DataLoader[Any]):
+class Resumable(ABC):
     """A loader that goes on within an epoch; Lightning keeps its state in the checkpoints.
 
     torchdata's ``StatefulDataLoader`` keeps the random state of each worker and so wants as many
-    workers again; `EpochSampler` leaves nothing to keep but how far the epoch has come.
+    workers again; as each image has its seed, there is nothing to keep but how far the epoch came.
+
+    Attributes:
+        sampler: Has the epoch, which Lightning sets, and the image to start at.
+        batch_size: Images in a batch.
     """
 
-    sampler: EpochSampler
-    batch_size: int
+    sampler: Any
+    batch_size: int | None
     _served = 0
     _resumed: dict[str, int] | None = None
+
+    @abstractmethod
+    def one_pass(self) -> Iterator[Any]:
+        """The batches of an epoch from where the sampler starts."""
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were served."""
@@ -94,18 +103,27 @@ class ResumableLoader(DataLoader[Any]):
         """Has the next pass go on, if it is through the same epoch."""
         self._resumed = state_dict
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the epoch that the sampler is at."""
         # As a generator, it begins with the first batch: Lightning sets the epoch after `iter`.
         resumed, self._resumed = self._resumed, None
         goes_on = resumed is not None and resumed["epoch"] == self.sampler.epoch
         self._served = resumed["batches"] if resumed is not None and goes_on else 0
-        self.sampler.start = self._served * self.batch_size
-        for batch in super().__iter__():
+        self.sampler.start = self._served * (self.batch_size or 1)
+        for batch in self.one_pass():
             self._served += 1
             yield batch
         # Without Lightning, each pass is an epoch.
         self._served = 0
         self.sampler.set_epoch(self.sampler.epoch + 1)
+
+
+class ResumableLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]
+    """Loads what an `EpochSampler` draws."""
+
+    def one_pass(self) -> Iterator[Any]:
+        """The batches of an epoch from where the sampler starts."""
+        return DataLoader.__iter__(self)
 
 
 class UnreadableImageError(ValueError):

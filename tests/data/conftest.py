@@ -256,6 +256,19 @@ class OnDisk:
         self.patch.setitem(info, f"MD5{suffix}", md5(path))
         return self.folder
 
+    def shards(self, sizes, name="train", classes=3):
+        """Tars of as many images each, named in braces."""
+        number = 0
+        for index, size in enumerate(sizes):
+            members = {}
+            for _ in range(size):
+                image = pixels(1, 24, seed=number)[0]
+                members[f"{number:04}.png"] = encoded(image, "PNG")
+                members[f"{number:04}.cls"] = str(number % classes).encode()
+                number += 1
+            tar(self.folder / f"{name}-{index}.tar", members)
+        return f"{self.folder}/{name}-{{0..{len(sizes) - 1}}}.tar"
+
     def parquet(self, labels=None, kind="class", more=(), splits=("train", "validation", "test")):
         """Files as on the Hub: images as bytes, and the features in the schema.
 
@@ -296,7 +309,7 @@ def on_disk(tmp_path, monkeypatch):
     found = OnDisk(tmp_path / "disk", monkeypatch)
     found.folder.mkdir()
     found.stream = io.BytesIO
-    for function in (encoded, md5, pixels):
+    for function in (encoded, md5, pixels, tar):
         setattr(found, function.__name__, function)
     return found
 

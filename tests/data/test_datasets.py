@@ -26,6 +26,7 @@ CASES = {
     "medmnist": ["--data.val_fraction", "null"],  # it has a validation split
     "mnist": [],
     "random": ["--data.train_images", 100, "--data.test_images", 20],
+    "shards": ["--data.num_classes", 3, "--data.train_images", 48, "--data.image_size", 24],
     "svhn": [],
     "tiny_imagenet": [],
 }
@@ -70,6 +71,9 @@ def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
     options = CASES[name]
     if name == "hugging_face":
         options = ["--data.path", on_disk.parquet(), *options]
+    elif name == "shards":
+        for split, sizes in {"train": [25, 25], "val": [10], "test": [7, 5]}.items():
+            options = [f"--data.{split}", on_disk.shards(sizes, split), *options]
     elif write := getattr(on_disk, name, None):
         options = ["--data.root", write(), "--data.val_fraction", 0.25, *options]
     train_and_test(cli, tmp_path, "--config", CONFIGS / f"{name}.yaml", *options)
