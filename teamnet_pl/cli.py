@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -120,6 +121,16 @@ class TeamCLI(LightningCLI):
             super().instantiate_classes()
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             self._parser(self.subcommand).error(str(error))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; what the data modules find wrong is printed without a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (FileNotFoundError, ValueError) as error:
+            frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+            if not frame.f_globals["__name__"].startswith(data.__name__):
+                raise
+            self._parser(subcommand).error(str(error))
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""

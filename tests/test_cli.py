@@ -269,6 +269,19 @@ def test_what_is_not_known_is_answered_with_what_was_meant(cli, capsys, tmp_path
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_what_is_wrong_with_the_data_is_said_without_a_traceback(cli, capsys, tmp_path, subcommand):
+    options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
+    message = error_of(capsys, lambda: cli(tmp_path, subcommand, *options))
+    assert "CIFAR10 isn't in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
+
+
+def test_what_is_wrong_elsewhere_keeps_its_traceback(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(Team, "configure_optimizers", lambda self: int("none"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli(tmp_path, "fit")
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken", b"\x80\x02."])
 def test_a_file_that_is_no_checkpoint(cli, capsys, tmp_path, content, subcommand):
     (tmp_path / "wrong.ckpt").write_bytes(content)
