@@ -57,8 +57,8 @@ class ImageDataModule(LightningDataModule, ABC):
     an epoch and goes on from a checkpoint. Each image's place and augmentation depend on the seed,
     the epoch and the image alone, not on ``num_workers`` or what else draws random numbers. Under a
     distributed strategy, one batch of each process together hold the images of one batch of a
-    single process with the batch size of all of them. That holds for transforms that draw from
-    torch, as all of torchvision's do.
+    single process with the batch size of all of them; MixUp and CutMix mix those of each process.
+    That holds for transforms that draw from torch, as all of torchvision's do.
 
     Args:
         batch_size: Images per batch, on each device.
@@ -190,8 +190,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Goes on with a checkpoint's seed."""
         self._seed = state_dict["seed"]
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""
+        # The same few in each epoch.
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return DataLoader(self.train_set, **self._loader_options(self._mixes()))
         processes, rank = self._processes()
         return ResumableLoader(
             self.train_set,

@@ -507,15 +507,27 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
             assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), whole)
 
 
+class OwnSeeds(Toy):
+    """Each process has a random state of its own."""
+
+    def setup(self, stage):
+        torch.manual_seed(self.trainer.global_rank)
+        super().setup(stage)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_drop_nothing_of_less_than_a_batch_each(tmp_path):
-    pl.seed_everything(0, verbose=False)
+def test_two_processes_share_less_than_a_batch_each(tmp_path):
+    """Nothing is dropped or seen twice, though their seeds differ."""
     fit = trainer(strategy="ddp_fork", devices=2)
-    fit.fit(TwoProcesses(tmp_path), datamodule=Toy(batch_size=100))
+    data = OwnSeeds(batch_size=100, train_transform=[])
+    fit.fit(TwoProcesses(tmp_path), datamodule=data)
+    seen = []
     for rank in range(2):
-        ((_, labels),) = torch.load(tmp_path / f"{rank}.pt")
+        ((images, labels),) = torch.load(tmp_path / f"{rank}.pt")
         assert len(labels) == 90
+        seen += [sample for sample, _ in served([(unnormalised(images), labels)])]
+    assert len(set(seen)) == 180
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -566,6 +578,18 @@ def test_a_run_of_part_of_each_epoch_resumes_with_the_next(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2:], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_overfitting_sees_the_same_few_batches(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    data, model = Toy(batch_size=20, train_transform=[]), Recorder()
+    fit = trainer(tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True)
+    fit.fit(model, datamodule=data)
+    first, second, *again = (images for images, _ in model.seen)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, second)
+
+
 def test_loader_processes():
     """None if the CPU trains; for GPUs see the documentation."""
     data = toy()
@@ -573,6 +597,7 @@ def test_loader_processes():
     on_gpu = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cuda")),
         num_devices=1,
+        overfit_batches=0,
         world_size=1,
         global_rank=0,
     )
