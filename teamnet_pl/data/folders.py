@@ -1,5 +1,6 @@
 """Images in folders: ImageNet, Imagenette, Tiny-ImageNet and your own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,24 @@ def files_by_class(
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder}: {error}") from error
     return [path for path, _ in found], [label for _, label in found]
+
+
+def check_count(folder: Path, images: list[str], expected: int) -> None:
+    """Refuses a folder of which a part is missing, as after unpacking was interrupted.
+
+    Args:
+        folder: Where the images are, for the message.
+        images: Those found.
+        expected: How many there should be.
+
+    Raises:
+        ValueError: There are more or fewer.
+    """
+    if len(images) != expected:
+        raise ValueError(
+            f"{folder} has {len(images)} images, not {expected}: delete it and get it again. A "
+            "part of a dataset can be used by ImageFolder."
+        )
 
 
 class ImageFolder(EncodedImageDataModule):
@@ -127,10 +146,11 @@ class ImageNet(EncodedImageDataModule):
     Raises:
         FileNotFoundError: In ``prepare_data``: neither the folders nor the archives are there.
         ValueError: An argument is out of its range; in ``setup`` or later, an image can't be read
-            or there aren't 1000 classes.
+            or there aren't as many images and classes as there should be.
     """
 
     num_classes = 1000
+    images: Mapping[str, int] = {"train": 1_281_167, "test": 50_000}
 
     def __init__(
         self, *, root: str | Path = "data/imagenet", image_size: int = 224, **kwargs: Any
@@ -158,6 +178,7 @@ class ImageNet(EncodedImageDataModule):
         if len(classes) != self.num_classes:
             raise ValueError(f"{folder} has {len(classes)} folders, not {self.num_classes}.")
         paths, labels = files_by_class(folder, classes)
+        check_count(folder, paths, self.images[split])
         return ImageFiles(paths, labels, channels=3), labels
 
 
@@ -177,10 +198,11 @@ class Imagenette(DownloadedImages, EncodedImageDataModule):
 
     Raises:
         FileNotFoundError: As :class:`DownloadedImages`.
-        ValueError: As :class:`EncodedImageDataModule`.
+        ValueError: As :class:`EncodedImageDataModule`; there are more or fewer images.
     """
 
     num_classes = 10
+    images: Mapping[str, int] = {"train": 9469, "test": 3925}
     min_area = 0.35
 
     def __init__(
@@ -204,6 +226,7 @@ class Imagenette(DownloadedImages, EncodedImageDataModule):
         """Find the images of one split, "train" or "test"."""
         folder = self.files()[self.names[0 if split == "train" else 1]]
         paths, labels = files_by_class(folder, classes_in(folder))
+        check_count(folder, paths, self.images[split])
         return ImageFiles(paths, labels, channels=3), labels
 
 
@@ -223,10 +246,12 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
 
     Raises:
         FileNotFoundError: As :class:`DownloadedImages`.
-        ValueError: As :class:`EncodedImageDataModule`; an annotation doesn't fit the images.
+        ValueError: As :class:`EncodedImageDataModule`; there are more or fewer images, or
+            annotations of other classes.
     """
 
     num_classes = 200
+    images: Mapping[str, int] = {"train": 100_000, "test": 10_000}
     input_shape = (3, 64, 64)
     folders = ("tiny-imagenet-200", "")
     names = ("train", "val/images", "val/val_annotations.txt")
@@ -242,10 +267,11 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
         """Find the images of one split, "train" or "test"."""
-        train, images, annotations = self.files().values()
+        train, folder, annotations = self.files().values()
         classes = classes_in(train)
         if split == "train":
             paths, labels = files_by_class(train, classes)
+            check_count(train, paths, self.images["train"])
             return ImageFiles(paths, labels, 3, self.fixed_size), labels
         lines = [line.split("\t") for line in annotations.read_text().splitlines()]
         if unknown := {line[1] for line in lines} - set(classes):
@@ -254,5 +280,6 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
                 f"{', '.join(sorted(unknown))}."
             )
         labels = [classes.index(line[1]) for line in lines]
-        paths = [str(images / line[0]) for line in lines]
+        paths = [str(folder / line[0]) for line in lines]
+        check_count(folder, paths, self.images["test"])
         return ImageFiles(paths, labels, 3, self.fixed_size), labels

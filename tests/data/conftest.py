@@ -168,6 +168,7 @@ class OnDisk:
         url = datasets.Imagenette._ARCHIVES["160px"][0]
         self.patch.setitem(datasets.Imagenette._ARCHIVES, "160px", (url, md5(path)))
         self.patch.setattr(data.Imagenette, "num_classes", 3)
+        self.patch.setattr(data.Imagenette, "images", {"train": 24, "test": 9})
         return self.folder
 
     def imagenet(self):
@@ -215,6 +216,7 @@ class OnDisk:
         for name, path in archives.items():
             self.patch.setitem(datasets.imagenet.ARCHIVE_META, name, (path.name, md5(path)))
         self.patch.setattr(data.ImageNet, "num_classes", 3)
+        self.patch.setattr(data.ImageNet, "images", {"train": 24, "test": 9})
         return self.folder
 
     def tiny_imagenet(self):
@@ -240,6 +242,7 @@ class OnDisk:
             file.writestr("tiny-imagenet-200/wnids.txt", "\n".join(reversed(names)))
         self.patch.setattr(data.TinyImageNet, "md5", md5(path))
         self.patch.setattr(data.TinyImageNet, "num_classes", 3)
+        self.patch.setattr(data.TinyImageNet, "images", {"train": 24, "test": 9})
         return self.folder
 
     def medmnist(self, name="pathmnist", size=28):
@@ -316,12 +319,12 @@ def on_disk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """Serves a folder by HTTP and returns its address."""
+    """Serves a folder by HTTP and returns its address; keeps a list of requests."""
     servers = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
-            pass
+            start.requests.append(self.requestline)
 
     def start(folder):
         handler = functools.partial(Handler, directory=folder)
@@ -330,6 +333,7 @@ def serve():
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
+    start.requests = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "*")
         yield start

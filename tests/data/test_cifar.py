@@ -1,3 +1,6 @@
+import os
+
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 from torchvision import datasets
@@ -118,6 +121,27 @@ def test_download(on_disk, serve, tmp_path, monkeypatch):
     assert len(data.test_set) == 10
     with pytest.raises(FileNotFoundError, match=r"new2.*download failed.*corrupted"):
         CIFAR10(root=tmp_path / "new2").prepare_data()
+
+
+class Net(pl.LightningModule):
+    def predict_step(self, batch, _):
+        return len(batch[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore")
+def test_one_of_two_processes_downloads(on_disk, serve, tmp_path, monkeypatch):
+    address = serve(on_disk.cifar10())
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.predict(Net(), datamodule=CIFAR10(root=tmp_path / "two"), return_predictions=False)
+    both = list(serve.requests)
+    serve.requests.clear()
+    CIFAR10(root=tmp_path / "one").prepare_data()
+    assert serve.requests == both != []
 
 
 def test_a_label_out_of_range(on_disk, monkeypatch):

@@ -72,6 +72,15 @@ def test_imagenet_is_unpacked_once_and_by_checksum(on_disk):
         data.prepare_data()
 
 
+@pytest.mark.parametrize("cls", [ImageNet, Imagenette, TinyImageNet])
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("test", "val")])
+def test_a_part_of_the_images(on_disk, cls, stage, split):
+    data = prepared(on_disk, cls, stage)
+    on_disk.patch.setattr(cls, "images", {"train": 25, "test": 10})
+    with pytest.raises(ValueError, match=rf"{split}.* has (24|9) images, not (25|10): delete it"):
+        data.setup(stage)
+
+
 def test_imagenet_of_other_classes(on_disk, monkeypatch):
     data = prepared(on_disk, ImageNet, "test")
     monkeypatch.setattr(ImageNet, "num_classes", 1000)

@@ -53,6 +53,20 @@ def test_splits_and_columns_are_named(on_disk):
         HuggingFace(path=root, train="all")
 
 
+def test_a_configuration_is_named(on_disk):
+    root = on_disk.parquet()
+    about = "---\nconfigs:\n"
+    for name, split in {"many": "train", "few": "test"}.items():
+        about += f"- config_name: {name}\n  data_files: data/{split}-*.parquet\n"
+    (root / "README.md").write_text(about + "---\n")
+    for name, rows in {"many": 30, "few": 12}.items():
+        data = HuggingFace(path=str(root), name=name, val_fraction=0.5)
+        data.setup("fit")
+        assert len(data.train_set) + len(data.val_set) == rows
+    with pytest.raises(ValueError, match="few"):
+        HuggingFace(path=str(root))
+
+
 def test_images_of_any_size(on_disk):
     data = HuggingFace(path=str(on_disk.parquet()), image_size=16)
     data.setup("fit")
