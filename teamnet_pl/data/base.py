@@ -161,6 +161,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load and split what the stage needs (Lightning's hook)."""
+        self.draw_seed()
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
         if stage in ("fit", "validate"):
             (train_data, train), (val_data, val) = self._train_and_val()
@@ -168,7 +169,6 @@ class ImageDataModule(LightningDataModule, ABC):
             self.val_set = self._served(val_data, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")
             self._check_shape(self.train_set, "train_transform")
-            self.draw_seed()
         else:
             dataset, labels = self._load_checked("test")
             self.test_set = self._served(dataset, np.arange(len(labels)), evaluation)

@@ -22,7 +22,7 @@ from teamnet_pl.data.base import ImageDataModule, Split
 from teamnet_pl.data.loading import Skipped, TransformedSubset, UnreadableImageError
 
 # Of ImageNet's training images; torchvision's and timm's weights are trained with these.
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET: tuple[Sequence[float], Sequence[float]] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"}
 _SURVEYED = 100
 
@@ -209,6 +209,7 @@ class EncodedImageDataModule(ImageDataModule):
         ValueError: An argument is out of its range; in ``setup`` or later, an image can't be read.
     """
 
+    mean, std = _IMAGENET
     min_area = 0.08
 
     def __init__(
@@ -224,6 +225,8 @@ class EncodedImageDataModule(ImageDataModule):
             raise ValueError(f"image_size must be at least 1, got {image_size}.")
         self.image_size = image_size
         self.statistics = statistics
+        if isinstance(statistics, Statistics):
+            self.mean, self.std = statistics.mean, statistics.std
         self.on_error = on_error
 
     def shape_from(self, images: EncodedImages) -> None:
@@ -244,6 +247,8 @@ class EncodedImageDataModule(ImageDataModule):
                 f"{type(self).__name__}: images differ in size ({examples}, ...): set image_size."
             )
         self.input_shape = (channels, *sizes.pop())
+        if self.statistics != "data":
+            self.set_statistics(None)
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -285,13 +290,9 @@ class EncodedImageDataModule(ImageDataModule):
             ValueError: They were given for another number of channels.
         """
         channels = self.input_shape[0]
-        if isinstance(self.statistics, Statistics):
-            self.mean, self.std = self.statistics.mean, self.statistics.std
-        elif images is not None:
+        if images is not None:
             self.mean, self.std = self._measured(images)
-        elif channels == 3:
-            self.mean, self.std = _IMAGENET
-        else:
+        elif self.statistics == "imagenet" and channels == 1:
             self.mean, self.std = ((sum(values) / 3,) for values in _IMAGENET)
         for name in ("mean", "std"):
             if (values := len(getattr(self, name))) != channels:

@@ -253,10 +253,10 @@ class Shards(EncodedImageDataModule):
     def setup(self, stage: str) -> None:
         """Look at the first image of each split that the stage needs (Lightning's hook)."""
         self.skipped = Skipped() if self.on_error == "skip" else None
+        self.draw_seed()
         self.set_statistics(None)
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
         if stage in ("fit", "validate"):
-            self.draw_seed()
             self.val_stream = self._stream("val", evaluation)
             self._stream("train", self._augmentation())
         else:

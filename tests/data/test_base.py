@@ -590,6 +590,14 @@ def test_overfitting_sees_the_same_few_batches(tmp_path):
     assert not torch.equal(first, second)
 
 
+def test_a_test_run_has_a_state(tmp_path):
+    """Whatever saves a checkpoint then."""
+    data = toy("test")
+    other = Toy()
+    other.load_state_dict(data.state_dict())
+    assert other.state_dict() == data.state_dict()
+
+
 def test_loader_processes():
     """None if the CPU trains; for GPUs see the documentation."""
     data = toy()
