@@ -11,7 +11,7 @@ from PIL import Image
 
 from teamnet_pl.data import ImageFolder, Statistics
 from teamnet_pl.data.images import read_image
-from teamnet_pl.data.loading import UnreadableImageError
+from teamnet_pl.data.loading import Skipped, UnreadableImageError
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
@@ -155,6 +155,13 @@ def test_broken_images_are_skipped_counted_and_listed(folder, num_workers, tmp_p
     named = [line.partition(": ")[0] for line in message.splitlines()[1:]]
     assert named == sorted(paths)
     assert not list(tmp_path.glob("teamnet-skipped-*"))
+
+
+def test_a_problem_of_several_lines_is_one():
+    skipped = Skipped()
+    for _ in range(2):
+        skipped.add(UnreadableImageError("a.png: first\nsecond"))
+    assert skipped.pop() == ["a.png: first second"]
 
 
 def test_nothing_is_said_if_nothing_was_skipped(folder):
