@@ -1,10 +1,13 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from teamnet_pl.data import MedMNIST
+
+SHARDS = Path(__file__).parents[2] / "configs/data/shards.yaml"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,7 @@ def test_what_is_not_for_classifiers_of_images(name):
     [
         ("medmnist", "medmnist", ["--data", "MedMNIST"]),
         ("datasets", "huggingface", ["--data", "HuggingFace", "--data.path", "any"]),
+        ("webdataset", "webdataset", ["--config", SHARDS]),
     ],
 )
 def test_a_missing_library_is_named(cli, capsys, tmp_path, monkeypatch, module, extra, options):
