@@ -120,6 +120,23 @@ def int8_accuracy(name: str) -> str:
     return markdown(header, rows) + source(result)
 
 
+def loading(name: str) -> str:
+    """Images a second of the loaders, of the step and of both."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    header = [
+        "data", "net", "workers", "loader, images/s", "float32 on the wire", "step", "both",
+        "both, share of step",
+    ]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        rates = {key: statistics.median(all_) for key, all_ in row["images_per_second"].items()}
+        figures = [f"{rates[key]:,.0f}" for key in ("uint8", "float32", "step", "both")]
+        share = f"**{row['both_to_step']:.0%}**"
+        net = f"{row['net']}, {row['shape'][1]}²"
+        rows.append([row["data"], net, str(row["workers"]), *figures, share])
+    return markdown(header, rows) + source(result)
+
+
 def spread(values: list[float] | None) -> str:
     """Mean and standard deviation, in per cent."""
     if not values:
@@ -140,6 +157,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "digits": per_depth,
     "onnx_files": onnx_files,
     "int8_accuracy": int8_accuracy,
+    "loading": loading,
 }
 
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -119,8 +120,18 @@ class TeamCLI(LightningCLI):
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
         try:
             super().instantiate_classes()
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             self._parser(self.subcommand).error(str(error))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; what the data modules find wrong is printed without a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (FileNotFoundError, ValueError) as error:
+            frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+            if not frame.f_globals["__name__"].startswith(data.__name__):
+                raise
+            self._parser(subcommand).error(str(error))
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""

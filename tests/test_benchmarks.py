@@ -48,6 +48,22 @@ def test_packed_forward(script, tmp_path):
 
 
 @pytest.mark.slow
+def test_loading(script, tmp_path):
+    out = tmp_path / "out.json"
+    cases = ["CIFAR, in memory", "ImageNet, shards"]
+    options = ["--workers", 0, "--batch-size", 2, "--repeats", 2, "--seconds", 0.1, "--threads", 1]
+    done = script("loading.py", "--only", *cases, *options, "--photo-size", 32, "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["data"] for row in rows] == cases
+    for row in rows:
+        assert all(
+            len(rates) == 2 and min(rates) > 0 for rates in row["images_per_second"].values()
+        )
+        assert 0 < row["both_to_step"] < row["loader_to_step"]
+
+
+@pytest.mark.slow
 def test_accuracy(script, tmp_path):
     out = tmp_path / "out.json"
     options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 0, "--jobs", 1]

@@ -135,7 +135,7 @@ def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
         rows = list(csv.DictReader(file))
     data = tiny.digits(batch_size=400)
     data.setup("predict")
-    images, _ = next(iter(data.predict_dataloader()))
+    images = data.normalize(next(iter(data.predict_dataloader()))[0])
     team = Team.load_from_checkpoint(best).eval()
     assert [int(row["index"]) for row in rows] == list(range(len(images)))
     with torch.no_grad():
@@ -266,6 +266,19 @@ def test_what_is_not_known_is_answered_with_what_was_meant(cli, capsys, tmp_path
     for part in meant:
         assert part in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_what_is_wrong_with_the_data_is_said_without_a_traceback(cli, capsys, tmp_path, subcommand):
+    options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
+    message = error_of(capsys, lambda: cli(tmp_path, subcommand, *options))
+    assert "CIFAR10 isn't in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
+
+
+def test_what_is_wrong_elsewhere_keeps_its_traceback(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(Team, "configure_optimizers", lambda self: int("none"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli(tmp_path, "fit")
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "test"])

@@ -270,6 +270,8 @@ class Team(LightningModule):
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
+        if not len(target):  # none of its images could be read
+            return
         for member, own in self._probabilities(self(images)).items():
             for name, metric in self._metrics(stage, member).items():
                 if name == "loss":

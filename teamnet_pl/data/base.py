@@ -2,50 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from teamnet_pl.data.loading import (
+    Collate,
+    Draw,
+    EpochSampler,
+    ResumableLoader,
+    Skipped,
+    TransformedSubset,
+)
 
-class TransformedSubset(Dataset[tuple[Tensor, Any]]):
-    """Some images of a dataset, each transformed as it is read.
-
-    Args:
-        dataset: Map-style dataset of (image, label).
-        indices: Which of its samples to serve, in this order.
-        transform: Applied to the image.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        indices: npt.NDArray[np.int64],
-        transform: v2.Transform,
-    ) -> None:
-        self.dataset = dataset
-        self.indices = indices
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        image, label = self.dataset[int(self.indices[index])]
-        return self.transform(image), label
-
-
-def _collate(samples: list[Any], transform: v2.Transform) -> tuple[Tensor, Tensor]:
-    images, labels = transform(*default_collate(samples))
-    return images, labels
+Split = Literal["train", "val", "test"]
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -61,33 +40,41 @@ class ImageDataModule(LightningDataModule, ABC):
             def prepare_data(self):
                 datasets.CIFAR10("data", download=True)
 
-            def load_split(self, train):
-                dataset = datasets.CIFAR10("data", train=train)
+            def load_split(self, split):
+                dataset = datasets.CIFAR10("data", train=split == "train")
                 return dataset, dataset.targets
 
-    The validation set is cut from the training split and read with the evaluation transform; the
-    test split serves ``test`` and ``predict`` only. Every batch is (images, labels): float32
-    (N, C, H, W), normalised, and int64 (N,). With MixUp or CutMix on, training labels are float32
-    (N, num_classes) probabilities instead.
+    The validation set is cut from the training split, unless the dataset has one of its own, and
+    read with the evaluation transform; the test split serves ``test`` and ``predict`` only.
 
-    After ``seed_everything(seed, workers=True)`` a run sees the same batches again. The order of
-    the images depends on the seed alone (under a distributed strategy, on Lightning's sampler).
-    Random transforms, MixUp and CutMix draw from the random state of the process that loads: the
-    main one with ``num_workers=0``, each worker's own otherwise. So what they draw changes with
-    ``num_workers`` and, at 0, with what else draws random numbers, such as the network.
+    A loader's batches are (images, labels): images as stored, (N, C, H, W) and mostly uint8, so
+    that little is copied from process to process and to the GPU; and int64 (N,). There
+    :meth:`normalize` makes float32 of them; Lightning's trainer does so by itself. With MixUp or
+    CutMix on, training images are float32 in [0, 1] and their labels float32 (N, num_classes)
+    probabilities.
+
+    After ``seed_everything(seed)`` a run sees the same batches again, also if it was stopped within
+    an epoch and goes on from a checkpoint. Each image's place and augmentation depend on the seed,
+    the epoch and the image alone, not on ``num_workers`` or what else draws random numbers. Under a
+    distributed strategy, one batch of each process together hold the images of one batch of a
+    single process with the batch size of all of them; MixUp and CutMix mix those of each process.
+    That holds for transforms that draw from torch, as all of torchvision's do.
 
     Args:
         batch_size: Images per batch, on each device.
         val_fraction: Share of the training split held out for validation, stratified by label.
+            ``None`` for the dataset's own validation split, or 0.1 where it has none.
         train_size: Train on a stratified subset of this many images; ``None`` for all of them.
             The validation set stays the same.
         split_seed: Seed of the validation split and of the subset.
-        num_workers: Loader processes. 0, loading in the main process, suits small images on few
-            cores.
+        num_workers: Loader processes of each loader; 0 loads in the main process. ``None`` for 0 if
+            the CPU trains, which has no core to spare, and else one less than there are cores for
+            each GPU, at most 8.
         train_transform: Augmentation of the training images, a torchvision v2 transform or a list
             of them: ``None`` for the dataset's standard recipe, ``[]`` for none. It gets one image
             of shape (C, H, W), as stored (integers in their full range or floats in [0, 1]);
             conversion to float and normalisation follow it.
+        extra_transform: Further augmentation after that, such as RandAugment or random erasing.
         mixup_alpha: Parameter of MixUp's Beta distribution (Zhang et al. 2018,
             arXiv:1710.09412); 0 turns it off.
         cutmix_alpha: Parameter of CutMix's Beta distribution (Yun et al. 2019,
@@ -99,6 +86,7 @@ class ImageDataModule(LightningDataModule, ABC):
         input_shape: (channels, height, width) of the images.
         mean: Mean of each channel over the training split, for pixels in [0, 1].
         std: Standard deviation, likewise.
+        has_val: Whether the dataset has a validation split of its own.
 
     Raises:
         ValueError: An argument is out of its range; in ``setup``, the data don't fit the arguments
@@ -109,30 +97,34 @@ class ImageDataModule(LightningDataModule, ABC):
     input_shape: tuple[int, int, int]
     mean: Sequence[float]
     std: Sequence[float]
+    has_val = False
+    skipped: Skipped | None = None  # where images that can't be read are noted
 
     def __init__(
         self,
         *,
         batch_size: int = 128,
-        val_fraction: float = 0.1,
+        val_fraction: float | None = None,
         train_size: int | None = None,
         split_seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         train_transform: v2.Transform | list[v2.Transform] | None = None,
+        extra_transform: v2.Transform | list[v2.Transform] = [],  # noqa: B006 (never changed)
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        check_fraction("val_fraction", val_fraction)
+        if val_fraction is not None:
+            check_fraction("val_fraction", val_fraction)
         if train_size is not None and train_size < 1:
             raise ValueError(
                 f"train_size must be at least 1, got {train_size}. For all images, leave it out."
             )
         if not 0 <= split_seed < 2**32:
             raise ValueError(f"split_seed must be in [0, 2**32), got {split_seed}.")
-        if num_workers < 0:
+        if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if not 0 <= alpha < float("inf"):
@@ -143,17 +135,16 @@ class ImageDataModule(LightningDataModule, ABC):
         self.split_seed = split_seed
         self.num_workers = num_workers
         self.train_transform = train_transform
+        self.extra_transform = extra_transform
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
-        # Of its own, so that neither the model nor num_workers changes the order.
-        self._shuffle = torch.Generator()
 
     @abstractmethod
-    def load_split(self, train: bool) -> tuple[Dataset[Any], npt.ArrayLike]:
-        """Load the training or the test split.
+    def load_split(self, split: Split) -> tuple[Dataset[Any], npt.ArrayLike]:
+        """Load one split.
 
         Args:
-            train: Whether to load the training split.
+            split: Which; "val" only if ``has_val``.
 
         Returns:
             A map-style dataset of (image, label), its images being whatever ``v2.ToImage`` takes
@@ -170,63 +161,93 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load and split what the stage needs (Lightning's hook)."""
+        self.draw_seed()
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
         if stage in ("fit", "validate"):
-            dataset, labels = self._load_checked(train=True)
-            train, val = self._split(labels)
-            self.train_set = TransformedSubset(dataset, train, self._augmentation())
-            self.val_set = TransformedSubset(dataset, val, evaluation)
+            (train_data, train), (val_data, val) = self._train_and_val()
+            self.train_set = self._served(train_data, train, self._augmentation())
+            self.val_set = self._served(val_data, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")
             self._check_shape(self.train_set, "train_transform")
-            # Here, so that Lightning's reloading of the loaders doesn't start the order anew.
-            self._shuffle.manual_seed(torch.initial_seed())
         else:
-            dataset, labels = self._load_checked(train=False)
-            self.test_set = TransformedSubset(dataset, np.arange(len(labels)), evaluation)
+            dataset, labels = self._load_checked("test")
+            self.test_set = self._served(dataset, np.arange(len(labels)), evaluation)
             self._check_shape(self.test_set, "the evaluation transform")
 
+    def draw_seed(self) -> None:
+        """Draws what order and augmentation depend on from the run's seed."""
+        seed = torch.initial_seed()
+        if self.trainer:  # each process has its own, unless the user seeded all alike
+            seed = self.trainer.strategy.broadcast(seed)
+        # Neighbours would share epochs: the sampler adds the epoch to its seed.
+        self._seed = int(np.random.default_rng(seed).integers(2**31))
+
     def state_dict(self) -> dict[str, Any]:
-        """The state of the shuffling, so that a resumed run goes on with the same order."""
-        return {"shuffle": self._shuffle.get_state()}
+        """The seed, so that a resumed run goes on with the same batches."""
+        return {"seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's shuffling."""
-        self._shuffle.set_state(state_dict["shuffle"].cpu())
+        """Goes on with a checkpoint's seed."""
+        self._seed = state_dict["seed"]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""
-        mixes = [
-            mix(alpha=float(alpha), num_classes=self.num_classes)  # torch fails on an int
-            for mix, alpha in ((v2.MixUp, self.mixup_alpha), (v2.CutMix, self.cutmix_alpha))
-            if alpha > 0
-        ]
-        devices = self.trainer.world_size if self.trainer else 1
-        return self._dataloader(
+        # The same few in each epoch.
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return DataLoader(self.train_set, **self._loader_options(self._mixes()))
+        processes, rank = self._processes()
+        return ResumableLoader(
             self.train_set,
-            [v2.RandomChoice(mixes)] if mixes else [],
-            sampler=RandomSampler(self.train_set, generator=self._shuffle),
+            sampler=EpochSampler(self.train_set, self._seed, processes, rank),
             # Batch norm can't train on a last batch of one image.
-            drop_last=len(self.train_set) // devices > self.batch_size,
+            drop_last=len(self.train_set) // processes > self.batch_size,
+            **self._loader_options(self._mixes()),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, in a fixed order."""
-        return self._dataloader(self.val_set)
+        return DataLoader(self.val_set, **self._loader_options())
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches, in the dataset's order."""
-        return self._dataloader(self.test_set)
+        return DataLoader(self.test_set, **self._loader_options())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test batches."""
         return self.test_dataloader()
 
-    def _load_checked(self, train: bool) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        dataset, array = self.load_split(train)
+    def normalize(self, images: Tensor) -> Tensor:
+        """Makes what a net takes of a loader's images.
+
+        Args:
+            images: (N, C, H, W), integers in their full range or floats in [0, 1].
+
+        Returns:
+            float32 (N, C, H, W), with the mean taken off and divided by the standard deviation.
+        """
+        images = v2.functional.to_dtype(images, torch.float32, scale=True)
+        images = v2.functional.normalize(images, list(self.mean), list(self.std))
+        return images
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Normalizes a batch where the net is (Lightning's hook)."""
+        images, labels = batch
+        images = self.normalize(images)
+        if self.trainer:  # which has already converted what were floats before
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, labels
+
+    def _load_checked(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
+        dataset, array = self.load_split(split)
         labels = np.asarray(array, dtype=np.int64)
-        where = f"{type(self).__name__}, {'training' if train else 'test'} split"
+        name = {"train": "training", "val": "validation", "test": "test"}[split]
+        where = f"{type(self).__name__}, {name} split"
         if (images := len(dataset)) != len(labels):  # type: ignore[arg-type]
             raise ValueError(f"{where}: {images} images but {len(labels)} labels.")
+        if not images:
+            raise ValueError(f"{where}: there is no image in it.")
         wrong = np.unique(labels[(labels < 0) | (labels >= self.num_classes)])
         if len(wrong):
             raise ValueError(
@@ -235,58 +256,87 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         return dataset, labels
 
-    def _split(
-        self, labels: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        train, val = stratified_split(labels, "val_fraction", self.val_fraction, self.split_seed)
-        if self.train_size is None:
-            return train, val
-        if not (classes := len(np.unique(labels))) <= self.train_size <= len(train):
+    def _train_and_val(self) -> tuple[tuple[Dataset[Any], npt.NDArray[np.int64]], ...]:
+        """Dataset and indices of the training and of the validation set."""
+        dataset, labels = self._load_checked("train")
+        if self.has_val and self.val_fraction is None:
+            train = np.arange(len(labels))
+            val_data, val_labels = self._load_checked("val")
+            val = np.arange(len(val_labels))
+        else:
+            val_data, fraction = dataset, self.val_fraction or 0.1
+            train, val = stratified_split(labels, "val_fraction", fraction, self.split_seed)
+        if self.train_size is not None:
+            train = self._subset(train, labels[train], self.train_size)
+        return (dataset, train), (val_data, val)
+
+    def _subset(
+        self, indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], size: int
+    ) -> npt.NDArray[np.int64]:
+        if not (classes := len(np.unique(labels))) <= size <= len(indices):
             raise ValueError(
-                f"train_size must be between {classes} (one image a class) and {len(train)} (the "
-                f"training split less the validation set), got {self.train_size}."
+                f"train_size must be between {classes} (one image a class) and {len(indices)} (the "
+                f"training split less the validation set), got {size}."
             )
-        subset = resample(
-            train,
+        chosen: npt.NDArray[np.int64] = resample(
+            indices,
             replace=False,
-            n_samples=self.train_size,
-            stratify=labels[train],
+            n_samples=size,
+            stratify=labels,
             random_state=self.split_seed,
         )
-        return subset, val
+        return chosen
 
     def _augmentation(self) -> v2.Transform:
         chosen = self.train_transform
         if chosen is None:
             chosen = self.default_train_transform()
-        return v2.Compose([v2.ToImage(), *(chosen if isinstance(chosen, list) else [chosen])])
+        steps: list[v2.Transform] = [v2.ToImage()]
+        for part in (chosen, self.extra_transform):
+            steps += part if isinstance(part, list) else [part]
+        return v2.Compose(steps)
+
+    def _served(
+        self, dataset: Dataset[Any], indices: npt.NDArray[np.int64], transform: v2.Transform
+    ) -> TransformedSubset:
+        return TransformedSubset(dataset, indices, transform, self.skipped)
 
     def _check_shape(self, subset: TransformedSubset, transform: str) -> None:
-        with torch.random.fork_rng(devices=[]):
-            shape = tuple(subset[0][0].shape)
+        sample = subset[Draw(0, seed=0)]
+        assert sample is not None  # as it is asked for with a seed
+        shape = tuple(sample[0].shape)
         if shape != self.input_shape:
             raise ValueError(
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
                 f"input_shape is {self.input_shape}. The transform has to crop or resize to it."
             )
 
-    def _dataloader(
-        self,
-        dataset: TransformedSubset,
-        mix: Sequence[v2.Transform] = (),
-        **kwargs: Any,
-    ) -> DataLoader[Any]:
-        # Once a batch: the same, image by image, costs as much as the augmentation.
-        finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std), *mix]
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=partial(_collate, transform=v2.Compose(finish)),
-            **kwargs,
-        )
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _mixes(self) -> list[v2.Transform]:
+        return [
+            mix(alpha=float(alpha), num_classes=self.num_classes)  # torch fails on an int
+            for mix, alpha in ((v2.MixUp, self.mixup_alpha), (v2.CutMix, self.cutmix_alpha))
+            if alpha > 0
+        ]
+
+    def _loader_options(self, mixes: Sequence[v2.Transform] = ()) -> dict[str, Any]:
+        device, workers = "cpu", self.num_workers
+        if self.trainer:
+            device = self.trainer.strategy.root_device.type
+        if workers is None:
+            workers = 0
+            if self.trainer and device != "cpu":
+                workers = min(8, suggested_max_num_workers(self.trainer.num_devices))
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": device == "cuda",
+            "collate_fn": Collate(self.input_shape, mixes),
+        }
 
 
 def check_fraction(name: str, fraction: float) -> None:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from teamnet_pl.data.base import ImageDataModule, check_fraction, stratified_split
+from teamnet_pl.data.base import ImageDataModule, Split, check_fraction, stratified_split
 
 _SIZE = 8
 _TEST_SPLIT_SEED = 0
@@ -61,11 +61,11 @@ class Digits(ImageDataModule):
             )
         ]
 
-    def load_split(self, train: bool) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        """Load the training or the test split.
+    def load_split(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
+        """Load one split.
 
         Args:
-            train: Whether to load the training split.
+            split: "train" or "test".
 
         Returns:
             The images, float32 (1, image_size, image_size) in [0, 1], with their labels; and the
@@ -73,7 +73,7 @@ class Digits(ImageDataModule):
         """
         pixels, labels = load_digits(return_X_y=True)
         indices = stratified_split(labels, "test_fraction", self.test_fraction, _TEST_SPLIT_SEED)
-        chosen = indices[0 if train else 1]
+        chosen = indices[0 if split == "train" else 1]
         images = torch.tensor(pixels[chosen] / 16, dtype=torch.float32)
         images = v2.functional.resize(
             images.view(-1, 1, _SIZE, _SIZE), [self.image_size, self.image_size]

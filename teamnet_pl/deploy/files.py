@@ -132,7 +132,7 @@ def _validation_images(data: ImageDataModule, count: int) -> list[Tensor]:
     data.setup("test")
     batches: list[Tensor] = []
     for images, _ in data.val_dataloader():
-        batches.append(images)
+        batches.append(data.normalize(images))
         if sum(map(len, batches)) >= count:
             break
     return batches
@@ -146,7 +146,10 @@ def _save_int8(
         source = Path(scratch) / "float.onnx"
         save_onnx(teammate, depth, source)
         save_onnx_int8(source, path, images)
+        files = {"test_accuracy": path, "test_accuracy_before": source}
         return {
-            "test_accuracy": onnx_accuracy(path, data.test_dataloader()),
-            "test_accuracy_before": onnx_accuracy(source, data.test_dataloader()),
+            name: onnx_accuracy(
+                file, ((data.normalize(own), labels) for own, labels in data.test_dataloader())
+            )
+            for name, file in files.items()
         }

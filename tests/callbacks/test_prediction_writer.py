@@ -18,7 +18,7 @@ def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
     with open(tmp_path / "given" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
 
-    images = torch.cat([images for images, _ in data.predict_dataloader()])
+    images = torch.cat([data.normalize(images) for images, _ in data.predict_dataloader()])
     logits = tiny.extracted_logits(team, images)
     labels = {member: own.argmax(1).tolist() for member, own in logits.items()}
     if "b/d7" in logits:

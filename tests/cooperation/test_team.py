@@ -282,7 +282,7 @@ def test_metrics_are_those_of_each_depth_over_the_whole_split(tiny, tmp_path, me
     loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert len(labels) % 64
-    expected = metrics_by_hand(tiny, team, stage, images, labels.numpy())
+    expected = metrics_by_hand(tiny, team, stage, data.normalize(images), labels.numpy())
     assert len({value for name, value in expected.items() if "/loss/" in name}) > 2
     assert found == pytest.approx(expected, abs=1e-5)
 
@@ -304,14 +304,14 @@ def test_metrics_of_a_fit_start_anew_each_epoch(tiny, tmp_path):
     trainer.fit(team, data)
     found = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
-    expected = metrics_by_hand(tiny, team, "val", images, labels.numpy())
+    expected = metrics_by_hand(tiny, team, "val", data.normalize(images), labels.numpy())
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_predictions_are_class_probabilities_of_each_member(tiny, tmp_path):
     team, data = tiny.team(), tiny.digits(batch_size=64)
     predictions = tiny.trainer(tmp_path).predict(team, data)
-    images, _ = next(iter(data.test_dataloader()))
+    images = data.normalize(next(iter(data.test_dataloader()))[0])
     team.eval()
     with torch.no_grad(), team.teammates["b"].at("d5") as net:
         torch.testing.assert_close(predictions[0]["b/d5"], net(images).softmax(-1))

@@ -1,6 +1,7 @@
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from teamnet_pl.data import Digits, FashionMNIST, ImageDataModule
+from teamnet_pl.data.loading import EpochSampler
 
 CLASSES = 4
 HEIGHT, WIDTH = 5, 6
@@ -58,8 +60,8 @@ class Toy(ImageDataModule):
         self.train_labels = np.repeat(np.arange(len(counts)), counts).tolist()
         self.test_labels = list(test_labels)
 
-    def load_split(self, train: bool):
-        labels = self.train_labels if train else self.test_labels
+    def load_split(self, split):
+        labels = self.train_labels if split == "train" else self.test_labels
         return ToyImages(labels), labels
 
 
@@ -70,10 +72,15 @@ def toy(stage: str = "fit", seed: int = 0, **kwargs) -> Toy:
     return data
 
 
-def unnormalised(images: torch.Tensor) -> np.ndarray:
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """The values 0..255 of what a loader serves."""
+    return images.numpy() * (1 if images.dtype == torch.uint8 else 255.0)
+
+
+def unnormalised(images: torch.Tensor) -> torch.Tensor:
+    """The values in [0, 1] of what a net is given."""
     assert images.dtype == torch.float32
-    scale = np.array(STD).reshape(3, 1, 1), np.array(MEAN).reshape(3, 1, 1)
-    return (images.numpy() * scale[0] + scale[1]) * 255
+    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
 def served(loader) -> list[tuple[int, int]]:
@@ -82,7 +89,7 @@ def served(loader) -> list[tuple[int, int]]:
     for images, labels in loader:
         assert labels.dtype == torch.int64
         assert images.shape == (len(labels), 3, HEIGHT, WIDTH)
-        samples = unnormalised(images)[:, 1, 0, 0].round().astype(int)
+        samples = pixels(images)[:, 1, 0, 0].round().astype(int)
         pairs += zip(samples.tolist(), labels.tolist(), strict=True)
     return pairs
 
@@ -100,7 +107,7 @@ def test_evaluation_batches_are_the_normalised_images_in_order(loader):
     truth = np.stack([toy_pixels(i, y) for i, y in enumerate([3, 0, 1, 2, 2])]).transpose(
         0, 3, 1, 2
     )
-    np.testing.assert_allclose(unnormalised(images), truth, atol=1e-3)
+    np.testing.assert_allclose(pixels(images), truth, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,6 +151,27 @@ def test_train_size_takes_a_stratified_subset_and_leaves_validation_alone():
     assert len(toy(val_fraction=0.1, train_size=180).train_set) == 180
 
 
+class OwnVal(Toy):
+    has_val = True
+
+    def load_split(self, split):
+        if split == "val":
+            return ToyImages([2, 2, 1]), [2, 2, 1]
+        return super().load_split(split)
+
+
+@pytest.mark.parametrize("train_size", [None, 40])
+def test_a_dataset_may_have_a_validation_split(train_size):
+    pl.seed_everything(0, verbose=False)
+    data = OwnVal(train_size=train_size)
+    data.setup("fit")
+    assert served(data.val_dataloader()) == [(0, 2), (1, 2), (2, 1)]
+    assert len(data.train_set) == (train_size or 200)
+    cut = OwnVal(val_fraction=0.1)
+    cut.setup("fit")
+    assert (len(cut.train_set), len(cut.val_set)) == (180, 20)
+
+
 # Order and reproducibility
 
 
@@ -152,15 +180,16 @@ def test_each_epoch_is_shuffled_anew_and_each_seed_differently():
     loader = data.train_dataloader()
     first, second, reloaded = served(loader), served(loader), served(data.train_dataloader())
     other = served(toy(batch_size=180, seed=1).train_dataloader())
-    orders = {tuple(order) for order in (first, second, reloaded, other, sorted(first))}
-    assert len(orders) == 5
+    assert reloaded == first
+    orders = {tuple(order) for order in (first, second, other, sorted(first))}
+    assert len(orders) == 4
     assert {frozenset(order) for order in orders} == {frozenset(first)}
 
 
 def two_epochs(draws: int = 0, **kwargs) -> list[torch.Tensor]:
     """Digits, as worker processes can't import this file's classes everywhere."""
     pl.seed_everything(0, workers=True, verbose=False)
-    data = Digits(batch_size=100, **kwargs)
+    data = Digits(batch_size=50, train_size=300, **kwargs)
     data.setup("fit")
     torch.rand(draws)
     loader = data.train_dataloader()
@@ -168,20 +197,58 @@ def two_epochs(draws: int = 0, **kwargs) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize(("num_workers", "draws"), [(0, 100), (2, 0)])
-def test_order_depends_on_the_seed_alone(num_workers, draws):
-    expected = two_epochs(train_transform=[])
-    batches = two_epochs(train_transform=[], num_workers=num_workers, draws=draws)
-    assert len(batches) == 2 * 12 * 2
+@pytest.mark.parametrize(("num_workers", "draws"), [(0, 100), (1, 0), (2, 10)])
+@pytest.mark.parametrize("mixed", [{}, {"mixup_alpha": 1, "cutmix_alpha": 1}], ids=str)
+def test_augmented_batches_depend_on_the_seed_alone(num_workers, draws, mixed):
+    expected = two_epochs(**mixed)
+    batches = two_epochs(num_workers=num_workers, draws=draws, **mixed)
+    assert len(batches) == 2 * 6 * 2
     assert all(torch.equal(a, b) for a, b in zip(expected, batches, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_augmented_mixed_batches_repeat_after_seeding(num_workers):
-    kwargs = {"num_workers": num_workers, "mixup_alpha": 1, "cutmix_alpha": 1}
-    first, second = two_epochs(**kwargs), two_epochs(**kwargs)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_each_image_of_each_epoch_is_augmented_anew():
+    data = toy(batch_size=180, train_transform=v2.ColorJitter(brightness=0.9))
+    loader = data.train_dataloader()
+    blue = []
+    for _ in range(2):
+        ((images, _),) = loader
+        blue.append(pixels(images)[:, 2].max((1, 2)))
+    for values in blue:
+        assert len(set(values)) > 50
+    assert sorted(blue[0]) != sorted(blue[1])
+
+
+def test_serving_leaves_the_random_state_alone():
+    data = toy(batch_size=7, train_transform=v2.ColorJitter(0.5), mixup_alpha=1)
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    # But for the loader's own: torch draws a seed for workers, also if there are none.
+    torch.set_rng_state(before)
+    torch.empty((), dtype=torch.int64).random_()
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    list(data.train_dataloader())
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    images=st.integers(1, 50),
+    processes=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 9),
+)
+def test_processes_take_turns_in_the_order_of_one(images, processes, seed, epoch):
+    def order(number, rank):
+        sampler = EpochSampler(range(images), seed, number, rank)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    alone = order(1, 0)
+    shares = [order(processes, rank) for rank in range(processes)]
+    together = [draw for turn in zip(*shares, strict=True) for draw in turn]
+    assert together[:images] == alone
+    assert sorted(draw.image for draw in alone) == list(range(images))
 
 
 def test_setup_leaves_the_random_state_alone():
@@ -205,9 +272,20 @@ def test_train_transform_augments_training_images_only():
     data = toy(train_transform=v2.RandomHorizontalFlip(p=1))
     train, _ = next(iter(data.train_dataloader()))
     val, _ = next(iter(data.val_dataloader()))
-    assert np.allclose(unnormalised(train)[:, 2, :, WIDTH // 2 :], 255)
-    assert np.allclose(unnormalised(train)[:, 2, :, : WIDTH // 2], 0, atol=1e-3)
-    assert np.allclose(unnormalised(val)[:, 2, :, : WIDTH // 2], 255)
+    assert np.allclose(pixels(train)[:, 2, :, WIDTH // 2 :], 255)
+    assert np.allclose(pixels(train)[:, 2, :, : WIDTH // 2], 0, atol=1e-3)
+    assert np.allclose(pixels(val)[:, 2, :, : WIDTH // 2], 255)
+
+
+@pytest.mark.parametrize("kind", [list, lambda transforms: transforms[0]], ids=["list", "one"])
+def test_extra_transform_follows_the_others(kind):
+    half = v2.Lambda(lambda image: image // 2)
+    shift = v2.Lambda(lambda image: image + 10)
+    data = toy(batch_size=180, train_transform=half, extra_transform=kind([shift]))
+    ((images, _),) = data.train_dataloader()
+    assert set(pixels(images)[:, 2].ravel().tolist()) == {10, 255 // 2 + 10}
+    ((images, _),) = data.val_dataloader()
+    assert set(pixels(images)[:, 2].ravel().tolist()) == {0, 255}
 
 
 def test_default_and_evaluation_transforms_of_a_subclass():
@@ -220,7 +298,7 @@ def test_default_and_evaluation_transforms_of_a_subclass():
 
     def ends(loader):
         images, labels = next(iter(loader))
-        red, left, right = unnormalised(images)[0, [0, 2, 2], 0, [0, 0, -1]].round()
+        red, left, right = pixels(images)[0, [0, 2, 2], 0, [0, 0, -1]].round()
         return red - 85 * labels[0].item(), left, right
 
     data, plain = Changed(), Changed(train_transform=[])
@@ -307,7 +385,7 @@ def test_mixed_labels_are_the_shares_of_the_classes_in_the_images(alphas, seed, 
         assert labels.dtype == torch.float32
         assert labels.min() >= 0
         torch.testing.assert_close(labels.sum(1), torch.ones(len(images)))
-        red = unnormalised(images)[:, 0].mean((1, 2))
+        red = pixels(images)[:, 0].mean((1, 2))
         np.testing.assert_allclose(red, labels.numpy() @ (np.arange(CLASSES) * 85), atol=0.01)
     _, labels = next(iter(data.val_dataloader()))
     assert labels.dtype == torch.int64
@@ -317,7 +395,7 @@ def test_each_batch_gets_mixup_or_cutmix():
     def cut(**kwargs):
         data = toy(batch_size=6, **kwargs)
         # CutMix leaves whole pixels: some image has two values of green; MixUp blends them to one.
-        greens = [unnormalised(images)[:, 1] for images, _ in data.train_dataloader()]
+        greens = [pixels(images)[:, 1] for images, _ in data.train_dataloader()]
         return [bool((green.max((1, 2)) - green.min((1, 2)) > 0.5).any()) for green in greens]
 
     assert not any(cut(mixup_alpha=1))
@@ -331,7 +409,7 @@ def test_each_batch_gets_mixup_or_cutmix():
 
 
 class Recorder(pl.LightningModule):
-    """A model that notes what it was given."""
+    """A model that notes what it was given, a list for each batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,32 +420,38 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def training_step(self, batch, _):
-        self.seen += served([batch])
+        self.seen.append(batch)
         return self.weight * batch[0].mean()
 
     def validation_step(self, batch, _):
         pass
 
-    def on_train_epoch_end(self):
-        if self.trainer.world_size > 1:
-            share = torch.tensor(self.seen)
-            self.seen = self.all_gather(share).tolist()
-            self.trainer.callback_metrics["shares"] = torch.tensor(self.seen)
-
     def predict_step(self, batch, _):
         return batch[1]
 
 
-def trainer(**kwargs) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
+class TwoProcesses(Recorder):
+    """Saves the batches of each, as what is sent back must be small."""
+
+    def __init__(self, folder) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self):
+        torch.save(self.seen, self.folder / f"{self.global_rank}.pt")
+
+
+def trainer(folder=None, **kwargs) -> pl.Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**quiet | kwargs)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -375,24 +459,162 @@ def test_fit_and_predict():
     pl.seed_everything(0, verbose=False)
     data, model, fit = Toy(batch_size=20), Recorder(), trainer()
     fit.fit(model, datamodule=data)
-    assert sorted(model.seen) == sorted(
+    seen = served((unnormalised(images), labels) for images, labels in model.seen)
+    assert sorted(seen) == sorted(
         (sample, data.train_labels[sample]) for sample in data.train_set.indices.tolist()
     )
     assert torch.cat(fit.predict(model, datamodule=data)).tolist() == [3, 0, 1, 2, 2]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
+)
+@pytest.mark.parametrize("mixup_alpha", [0, 1])
+def test_the_net_is_given_normalised_images_in_its_precision(precision, dtype, mixup_alpha):
+    pl.seed_everything(0, verbose=False)
+    data = Toy(batch_size=180, train_transform=[], mixup_alpha=mixup_alpha)
+    model = Recorder()
+    trainer(precision=precision).fit(model, datamodule=data)
+    ((images, _),) = model.seen
+    assert images.dtype == dtype
+    found = images.double().numpy()
+    # Each channel's ends, by hand: all are reached, mixed or not.
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        top = 199 / 255 if channel == 1 else 1
+        assert found[:, channel].min() >= (0 - mean) / std - 0.01
+        assert found[:, channel].max() <= (top - mean) / std + 0.02
+    assert found[:, 2, :, 0].min() == pytest.approx((1 - 0.125) / 0.2, rel=0.01)
+    assert found[:, 2, :, -1].max() == pytest.approx((0 - 0.125) / 0.2, rel=0.01)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_share_an_epoch():
+def test_two_processes_share_the_batches_of_one(tmp_path):
+    jitter = v2.ColorJitter(0.5)
     pl.seed_everything(0, verbose=False)
-    # More than a batch in all, less than a batch each: nothing may be dropped.
-    data, model = Toy(batch_size=100), Recorder()
+    alone = Recorder()
+    trainer(max_epochs=3).fit(alone, datamodule=Toy(batch_size=60, train_transform=jitter))
+    pl.seed_everything(0, verbose=False)
+    fit = trainer(max_epochs=3, strategy="ddp_fork", devices=2)
+    fit.fit(TwoProcesses(tmp_path), datamodule=Toy(batch_size=30, train_transform=jitter))
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [len(share) for share in (alone.seen, *shares)] == [9, 9, 9]
+    for expected, *parts in zip(alone.seen, *shares, strict=True):
+        for whole, first, second in zip(expected, *parts, strict=True):
+            # They take turns.
+            assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), whole)
+
+
+class OwnSeeds(Toy):
+    """Each process has a random state of its own."""
+
+    def setup(self, stage):
+        torch.manual_seed(self.trainer.global_rank)
+        super().setup(stage)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_less_than_a_batch_each(tmp_path):
+    """Nothing is dropped or seen twice, though their seeds differ."""
     fit = trainer(strategy="ddp_fork", devices=2)
+    data = OwnSeeds(batch_size=100, train_transform=[])
+    fit.fit(TwoProcesses(tmp_path), datamodule=data)
+    seen = []
+    for rank in range(2):
+        ((images, labels),) = torch.load(tmp_path / f"{rank}.pt")
+        assert len(labels) == 90
+        seen += [sample for sample, _ in served([(unnormalised(images), labels)])]
+    assert len(set(seen)) == 180
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"every_n_train_steps": 5},  # within the second epoch of 3 batches
+        {"every_n_train_steps": 3},  # with the last batch of the first
+        {"every_n_epochs": 1},
+        {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path, checkpoint, workers):
+    def run(num_workers, seed, **kwargs):
+        pl.seed_everything(seed, verbose=False)
+        data = Digits(batch_size=40, train_size=120, mixup_alpha=1, num_workers=num_workers)
+        model = Recorder()
+        callback = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **checkpoint)
+        fit = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback])
+        fit.fit(model, datamodule=data, **kwargs)
+        return [tensor for batch in model.seen for tensor in batch]
+
+    whole = run(workers[0], seed=0)
+    assert len(whole) == 2 * 3 * 3
+    first = min(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    step = int(first.stem.split("=")[1])
+    resumed = run(workers[1], seed=1, ckpt_path=first)  # the seed is that of the checkpoint
+    assert len(resumed) == len(whole) - 2 * step
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2 * step :], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_part_of_each_epoch_resumes_with_the_next(tmp_path):
+    def run(epochs, **kwargs):
+        pl.seed_everything(0, verbose=False)
+        model = Recorder()
+        fit = trainer(tmp_path, max_epochs=epochs, limit_train_batches=2)
+        fit.fit(model, datamodule=Toy(batch_size=20), **kwargs)
+        fit.save_checkpoint(tmp_path / "end.ckpt")
+        return [images for images, _ in model.seen]
+
+    whole = run(2)
+    run(1)
+    resumed = run(2, ckpt_path=tmp_path / "end.ckpt")
+    assert len(resumed) == 2
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2:], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overfitting_sees_the_same_few_batches(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    data, model = Toy(batch_size=20, train_transform=[]), Recorder()
+    fit = trainer(tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True)
     fit.fit(model, datamodule=data)
-    first, second = fit.callback_metrics["shares"].tolist()
-    data.setup("fit")
-    assert len(first) == len(second) == 90
-    assert sorted(sample for sample, _ in first + second) == sorted(data.train_set.indices)
+    first, second, *again = (images for images, _ in model.seen)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, second)
+
+
+def test_a_test_run_has_a_state(tmp_path):
+    """Whatever saves a checkpoint then."""
+    data = toy("test")
+    other = Toy()
+    other.load_state_dict(data.state_dict())
+    assert other.state_dict() == data.state_dict()
+
+
+def test_loader_processes():
+    """None if the CPU trains; for GPUs see the documentation."""
+    data = toy()
+    assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
+    on_gpu = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cuda")),
+        num_devices=1,
+        overfit_batches=0,
+        world_size=1,
+        global_rank=0,
+    )
+    data.trainer = on_gpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = data.train_dataloader()
+    assert loader.num_workers == min(8, max(1, cores - 1))
+    assert loader.pin_memory
+    assert loader.persistent_workers
 
 
 # Errors
@@ -451,8 +673,8 @@ def test_evaluation_images_of_another_shape():
 
 def test_count_of_images_and_labels_differ():
     class Short(Toy):
-        def load_split(self, train):
-            dataset, labels = super().load_split(train)
+        def load_split(self, split):
+            dataset, labels = super().load_split(split)
             return dataset, labels[:-1]
 
     with pytest.raises(ValueError, match="200 images but 199 labels"):

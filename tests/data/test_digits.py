@@ -25,7 +25,7 @@ def served(loader) -> list[tuple[tuple[int, ...], int]]:
     pairs = []
     for images, labels in loader:
         assert images.shape[1:] == (1, 8, 8)
-        values = (images.numpy() * 0.3760 + 0.3053) * 16
+        values = images.numpy() * 16
         assert np.abs(values - values.round()).max() < 1e-3
         rows = values.round().astype(int).reshape(len(labels), 64).tolist()
         pairs += zip(map(tuple, rows), labels.tolist(), strict=True)

@@ -1,9 +1,5 @@
-import functools
 import gzip
-import hashlib
-import http.server
 import struct
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +7,11 @@ import pytest
 import torch
 from torchvision import datasets
 
-from teamnet_pl.data import FashionMNIST
+from teamnet_pl.data import EMNIST, MNIST, FashionMNIST
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
-MEAN, STD = 0.2860, 0.3530
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.astype(np.uint8).tobytes()
 
 
 def arrays(split: str, size: int = 28) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +26,11 @@ def write(folder: Path, name: str, content: bytes, gz: bool) -> None:
         (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
     else:
         (folder / name).write_bytes(content)
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
 
 
 def write_all(folder: Path, gz: bool = False, size: int = 28) -> Path:
@@ -56,9 +51,8 @@ def fashion(root: Path, **kwargs) -> FashionMNIST:
 
 def pixels(images: torch.Tensor) -> np.ndarray:
     assert images.shape[1:] == (1, 28, 28)
-    values = (images[:, 0].numpy() * STD + MEAN) * 255
-    assert np.abs(values - values.round()).max() < 1e-2
-    return values.round().astype(int)
+    assert images.dtype == torch.uint8
+    return images[:, 0].numpy().astype(int)
 
 
 def assert_holds_the_arrays(data: FashionMNIST) -> None:
@@ -136,29 +130,66 @@ def test_standard_augmentation_crops_and_flips(tmp_path):
     assert flips == {1, -1}
 
 
+# The others
+
+
+def test_mnist_crops_but_does_not_flip(tmp_path):
+    write_all(tmp_path)
+    data = MNIST(root=tmp_path, download=False)
+    data.setup("test")
+    ((images, labels),) = data.test_dataloader()
+    np.testing.assert_array_equal(pixels(images), arrays("test")[0])
+    np.testing.assert_array_equal(labels, arrays("test")[1])
+    data.setup("fit")
+    plain = MNIST(root=tmp_path, download=False, train_transform=[])
+    plain.setup("fit")
+    shifts = set()
+    for i in range(len(data.train_set)):
+        padded = np.pad(plain.train_set[i][0][0].numpy(), 2)
+        image = data.train_set[i][0][0].numpy()
+        ((top, left),) = (
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if np.array_equal(padded[top : top + 28, left : left + 28], image)
+        )
+        shifts.add((top, left))
+    assert len(shifts) > 15
+
+
+@pytest.mark.parametrize(
+    ("variant", "classes", "first"),
+    [
+        ("byclass", 62, 0),
+        ("bymerge", 47, 0),
+        ("balanced", 47, 0),
+        ("letters", 26, 1),
+        ("digits", 10, 0),
+        ("mnist", 10, 0),
+    ],
+)
+def test_emnist(on_disk, variant, classes, first):
+    data = EMNIST(root=on_disk.emnist(variant, classes, first), variant=variant)
+    assert data.num_classes == classes
+    data.prepare_data()
+    data.setup("test")
+    ((images, labels),) = data.test_dataloader()
+    truth = on_disk.pixels(classes, 28, 1).transpose(0, 2, 1)  # they lie on their side
+    np.testing.assert_array_equal(pixels(images), truth)
+    assert labels.tolist() == list(range(classes))
+
+
 # Download
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
+def mirror(tmp_path, monkeypatch, serve, on_disk):
     """A web server with the files, in place of torchvision's mirror."""
     folder = write_all(tmp_path / "mirror", gz=True)
-    sums = [(p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in sorted(folder.iterdir())]
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Handler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(
-            datasets.FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"]
-        )
-        monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
-        monkeypatch.setenv("no_proxy", "*")
-        yield folder
-        server.shutdown()
+    sums = [(path.name, on_disk.md5(path)) for path in sorted(folder.iterdir())]
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [serve(folder) + "/"])
+    monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
+    return folder
 
 
 def test_download(tmp_path, mirror):

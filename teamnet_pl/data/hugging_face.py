@@ -1,0 +1,170 @@
+"""Image datasets of the Hugging Face Hub, or in files that its library reads."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from teamnet_pl.data.base import Split
+from teamnet_pl.data.images import EncodedImageDataModule, EncodedImages
+from teamnet_pl.data.optional import require
+
+
+class RowImages(EncodedImages):
+    """Images in the rows of a ``datasets.Dataset``.
+
+    Args:
+        name: What to call the dataset in messages.
+        rows: One column of images, not decoded.
+        labels: Class of each.
+        channels: 3 for RGB, 1 for grey.
+        size: Height and width that each must have; ``None`` if they may differ.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        labels: npt.ArrayLike,
+        channels: int,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(labels, channels, size)
+        self.name = name
+        self.rows = rows
+        (self.column,) = rows.column_names
+
+    def source(self, index: int) -> tuple[str, Path | BytesIO]:
+        """The row, and its bytes or the file that it names."""
+        image = self.rows[index][self.column] or {"bytes": b"", "path": None}
+        name = f"{self.name}, row {index}" + (f" ({image['path']})" if image["path"] else "")
+        content = image["bytes"]
+        return name, Path(image["path"]) if content is None else BytesIO(content)
+
+
+class HuggingFace(EncodedImageDataModule):
+    """Any dataset of images that Hugging Face's ``datasets`` loads.
+
+    Classes, channels and, without an ``image_size``, the resolution are those of the training
+    images. The library downloads what it needs once on each machine and keeps it in its cache;
+    ``HF_HUB_OFFLINE=1`` keeps it to that.
+
+    Args:
+        path: Name of a dataset on the Hub, such as ``uoft-cs/cifar10``, or a folder with files that
+            the library reads, such as ``train-00000.parquet`` and ``test-00000.parquet``.
+        name: Which configuration of it, if it has several.
+        revision: Which version on the Hub: a branch, tag or commit.
+        train: Name of the training split.
+        val: Name of the validation split. Where there is none, or with a ``val_fraction``, it is
+            cut from the training split.
+        test: Name of the test split, only needed to test and predict.
+        image_column: The column with the images; by default the only one.
+        label_column: The column with the labels; by default the only one with classes, or
+            ``label``. Labels are classes, integers from 0 or texts.
+        image_size: See :class:`EncodedImageDataModule`.
+        **kwargs: Arguments of :class:`EncodedImageDataModule`.
+
+    Raises:
+        ModuleNotFoundError: The library isn't installed.
+        FileNotFoundError: There is no such dataset.
+        ValueError: There is no such split or column, images differ in size, or one can't be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None = None,
+        revision: str | None = None,
+        train: str = "train",
+        val: str = "validation",
+        test: str = "test",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **kwargs)
+        library = require("datasets", "huggingface")
+        self.path = str(Path(path).expanduser())
+        try:
+            self.splits = library.load_dataset(self.path, name, revision=revision)
+        except (OSError, library.exceptions.DatasetsError) as error:
+            raise FileNotFoundError(
+                f"{path} is no folder with files that Hugging Face's datasets can read, and can't "
+                f"be loaded from the Hub: {error}"
+            ) from error
+        self.split_names = {"train": train, "val": val, "test": test}
+        self.has_val = val in self.splits
+
+        features = self._rows("train").features
+        images = [key for key, kind in features.items() if isinstance(kind, library.Image)]
+        self.image_column = _column("image_column", image_column, images, features)
+        labels = [key for key, kind in features.items() if isinstance(kind, library.ClassLabel)]
+        labels = labels or [key for key in features if key == "label"]
+        self.label_column = _column("label_column", label_column, labels, features)
+        self.splits = self.splits.cast_column(self.image_column, library.Image(decode=False))
+
+        kind = features[self.label_column]
+        values = self._labels("train")
+        self.texts: list[str] | None = None
+        if isinstance(kind, library.ClassLabel):
+            self.num_classes = kind.num_classes
+        elif values.dtype.kind in "US":
+            self.texts = sorted(set(values.tolist()))
+            self.num_classes = len(self.texts)
+        elif values.dtype.kind in "iu" and values.ndim == 1:
+            self.num_classes = int(values.max()) + 1
+        else:
+            raise ValueError(
+                f"label_column {self.label_column!r} of {path} must hold a class, an integer or a "
+                f"text in each row, found {kind}."
+            )
+        self.shape_from(self._images("train", np.zeros(len(values)), channels=3))
+
+    def load_split(self, split: Split) -> tuple[RowImages, npt.NDArray[np.int64]]:
+        """Find the images of one split."""
+        labels = self._labels(split)
+        if self.texts is not None:
+            if unknown := sorted(set(labels.tolist()) - set(self.texts)):
+                raise ValueError(
+                    f"Split {self.split_names[split]!r} of {self.path} has labels that the "
+                    f"training images don't have: {', '.join(unknown)}."
+                )
+            labels = np.searchsorted(self.texts, labels)
+        images = self._images(split, labels, self.input_shape[0], self.fixed_size)
+        return images, images.labels
+
+    def _rows(self, split: Split) -> Any:
+        name = self.split_names[split]
+        if name not in self.splits:
+            raise ValueError(
+                f"{self.path} has no split {name!r}, but {', '.join(self.splits)}: set {split}."
+            )
+        return self.splits[name]
+
+    def _labels(self, split: Split) -> npt.NDArray[Any]:
+        column = self.label_column
+        return np.asarray(self._rows(split).select_columns([column])[:][column])
+
+    def _images(
+        self,
+        split: Split,
+        labels: npt.NDArray[Any],
+        channels: int,
+        size: tuple[int, int] | None = None,
+    ) -> RowImages:
+        rows = self._rows(split).select_columns([self.image_column])
+        return RowImages(f"{self.path}, {self.split_names[split]}", rows, labels, channels, size)
+
+
+def _column(argument: str, given: str | None, found: list[str], features: dict[str, Any]) -> str:
+    """The column that was given, or the only one that may be meant."""
+    if given is not None and given in features:
+        return given
+    if given is None and len(found) == 1:
+        return found[0]
+    columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+    raise ValueError(f"Set {argument} to one of the columns {columns}, got {given}.")

@@ -1,0 +1,90 @@
+"""Each dataset's config trains a team, from files in the real format, and a checkpoint tests it."""
+
+import csv
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from teamnet_pl import data
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+# What differs from the config, to be small.
+CASES = {
+    "cifar10": [],
+    "cifar100": [],
+    "digits": ["--data.train_size", 50],
+    "emnist": [],
+    "fashion_mnist": [],
+    "hugging_face": [],
+    "image_folder": ["--data.image_size", 32],
+    "imagenet": ["--data.image_size", 32, "--data.val_fraction", 0.25],
+    "imagenette": ["--data.image_size", 32],
+    "medmnist": ["--data.val_fraction", "null"],  # it has a validation split
+    "mnist": [],
+    "random": ["--data.train_images", 100, "--data.test_images", 20],
+    "shards": ["--data.num_classes", 3, "--data.train_images", 48, "--data.image_size", 24],
+    "svhn": [],
+    "tiny_imagenet": [],
+}
+
+
+def test_each_dataset_has_a_config():
+    assert sorted(CASES) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    public = {
+        cls.__name__
+        for cls in vars(data).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, data.ImageDataModule)
+        and cls is not data.ImageDataModule
+    }
+    configs = [yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")]
+    assert {config["data"]["class_path"].rpartition(".")[2] for config in configs} == public
+
+
+def last_metrics(folder, version):
+    found = {}
+    with open(folder / f"logs/version_{version}/metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found |= {name: float(value) for name, value in row.items() if value}
+    return found
+
+
+def train_and_test(cli, folder, *options):
+    """An epoch of the standard recipe on a tiny team; then the checkpoint alone is tested."""
+    common = ["--data.batch_size", 16, "--data.train_transform", "null"]
+    common += ["--trainer.limit_train_batches", 1.0, "--test_after_fit", "true"]
+    cli(folder, "fit", *options[:2], *common, *options[2:])
+    cli(folder, "test", "--ckpt_path", folder / "logs/version_0/checkpoints/best.ckpt", tiny=False)
+    fitted, tested = last_metrics(folder, 0), last_metrics(folder, 1)
+    assert fitted["train/loss"] > 0
+    accuracies = {name: value for name, value in fitted.items() if name.startswith("test/")}
+    assert len(accuracies) > 20
+    assert accuracies == {name: value for name, value in tested.items() if "test/" in name}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
+    options = CASES[name]
+    if name == "hugging_face":
+        options = ["--data.path", on_disk.parquet(), *options]
+    elif name == "shards":
+        for split, sizes in {"train": [25, 25], "val": [10], "test": [7, 5]}.items():
+            options = [f"--data.{split}", on_disk.shards(sizes, split), *options]
+    elif write := getattr(on_disk, name, None):
+        options = ["--data.root", write(), "--data.val_fraction", 0.25, *options]
+    train_and_test(cli, tmp_path, "--config", CONFIGS / f"{name}.yaml", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEBIAN.exists(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_whole(cli, tmp_path):
+    """With a net of less, as it is 70,000 images."""
+    options = ["--data.root", DEBIAN, "--data.batch_size", 256, "--data.train_transform", "null"]
+    options += ["--model.leader", "null", "--model.b", "null", "--model.a.depths", 2]
+    options += ["--trainer.limit_train_batches", 1.0, "--test_after_fit", "true"]
+    cli(tmp_path, "fit", "--config", CONFIGS / "fashion_mnist.yaml", *options)
+    assert last_metrics(tmp_path, 0)["test/accuracy/mean"] > 0.5

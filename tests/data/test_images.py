@@ -1,0 +1,346 @@
+"""Images that are unlike the others: in mode, size, orientation and health."""
+
+import io
+import os
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from teamnet_pl.data import ImageFolder, Statistics
+from teamnet_pl.data.images import read_image
+from teamnet_pl.data.loading import Skipped, UnreadableImageError
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
+
+
+def stored(image, form="PNG", **kwargs):
+    stream = io.BytesIO()
+    image.save(stream, form, **kwargs)
+    stream.seek(0)
+    return stream
+
+
+def read(stream, channels=3):
+    return np.asarray(read_image("name", stream, channels))
+
+
+# Modes
+
+
+def test_grey_becomes_colour_and_colour_grey():
+    grey, colour = Image.fromarray(GREY), Image.fromarray(COLOUR)
+    np.testing.assert_array_equal(read(stored(grey)), np.stack([GREY] * 3, axis=2))
+    np.testing.assert_array_equal(read(stored(grey), 1), GREY)
+    np.testing.assert_array_equal(read(stored(colour)), COLOUR)
+    luma = COLOUR @ [0.299, 0.587, 0.114]  # ITU-R 601
+    np.testing.assert_allclose(read(stored(colour), 1), luma, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_keep_the_upper_eight(channels):
+    values = GREY.astype(np.uint16) * 256 + 255
+    found = read(stored(Image.fromarray(values)), channels)
+    np.testing.assert_array_equal(found.reshape(8, 8, -1)[..., 0], GREY)
+
+
+def test_cmyk_jpeg():
+    """Red is neither cyan nor black; in JPEG, as in print."""
+    cmyk = np.zeros((8, 8, 4), dtype=np.uint8)
+    cmyk[..., 1:3] = 255
+    image = Image.frombytes("CMYK", (8, 8), cmyk.tobytes())
+    found = read(stored(image, "JPEG", quality=100))
+    np.testing.assert_allclose(found, np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=4)
+
+
+def test_palette_and_transparency():
+    palette = Image.fromarray(COLOUR).quantize(64)
+    expected = np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]
+    np.testing.assert_array_equal(read(stored(palette)), expected)
+    alpha = np.concatenate([COLOUR, GREY[..., None]], axis=2)
+    np.testing.assert_array_equal(read(stored(Image.fromarray(alpha))), COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, COLOUR),
+        (2, COLOUR[:, ::-1]),
+        (3, COLOUR[::-1, ::-1]),
+        (4, COLOUR[::-1]),
+        (5, COLOUR.transpose(1, 0, 2)),
+        (6, np.rot90(COLOUR, -1)),
+        (7, COLOUR[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90(COLOUR)),
+    ],
+)
+def test_exif_orientation(orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(read(stored(Image.fromarray(COLOUR), exif=exif)), turned)
+
+
+def test_32_bits_are_refused():
+    for values in (GREY.astype(np.float32), GREY.astype(np.int32)):
+        with pytest.raises(UnreadableImageError, match="name: has 32 bits a pixel"):
+            read(stored(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"])
+def test_damaged_images_are_named(form, damage):
+    content = stored(Image.fromarray(np.tile(COLOUR, (20, 20, 1))), form).getvalue()
+    with pytest.raises(UnreadableImageError, match="name: "):
+        read(io.BytesIO(damage(content)))
+
+
+# Among others
+
+
+@pytest.fixture
+def folder(on_disk):
+    """A folder of 24 training, 6 validation and 9 test images."""
+    return on_disk.image_folder(form="PNG", suffix="png", size=40)
+
+
+def replace(root, content, split="train", which=range(3)):
+    """Replaces some of the images, and returns their paths."""
+    paths = sorted((root / split).rglob("*.png"))
+    for index in which:
+        paths[index].write_bytes(content)
+    return [str(paths[index]) for index in which]
+
+
+def image_folder(root, stage="fit", **kwargs):
+    pl.seed_everything(0, verbose=False)
+    data = ImageFolder(**{"root": root, "batch_size": 4} | kwargs)
+    data.setup(stage)
+    return data
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])  # after an error, torch waits 5 s for each
+def test_a_broken_image_is_named(folder, num_workers):
+    data = image_folder(folder, num_workers=num_workers)
+    # After what is looked at before training starts.
+    (path,) = replace(folder, b"broken", which=[5])
+    with pytest.raises(UnreadableImageError, match=path):
+        list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_broken_image_is_named_before_training(folder, split):
+    (path,) = replace(folder, b"broken", split, which=[5])
+    with pytest.raises(UnreadableImageError, match=path):
+        image_folder(folder, "test" if split == "test" else "fit")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_skipped_counted_and_listed(folder, num_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    paths = replace(folder, b"broken", which=(0, 1, 23)) + replace(folder, b"", "val", which=[2])
+    data = image_folder(folder, on_error="skip", num_workers=num_workers)
+    for _ in range(2):
+        batches = list(data.train_dataloader())
+        # In training others stand in for them; no batch is smaller.
+        assert [len(labels) for _, labels in batches] == [4] * 6
+    assert sum(len(labels) for _, labels in data.val_dataloader()) == 5
+    with pytest.warns(UserWarning, match="ImageFolder: 4 images could not be read") as warned:
+        data.teardown("fit")
+    (message,) = (str(warning.message) for warning in warned)
+    named = [line.partition(": ")[0] for line in message.splitlines()[1:]]
+    assert named == sorted(paths)
+    assert not list(tmp_path.glob("teamnet-skipped-*"))
+
+
+def test_a_problem_of_several_lines_is_one():
+    skipped = Skipped()
+    for _ in range(2):
+        skipped.add(UnreadableImageError("a.png: first\nsecond"))
+    assert skipped.pop() == ["a.png: first second"]
+
+
+def test_nothing_is_said_if_nothing_was_skipped(folder):
+    data = image_folder(folder, on_error="skip")
+    list(data.train_dataloader())
+    data.teardown("fit")
+
+
+def test_a_broken_image_stands_in_the_way_of_predictions(folder):
+    (path,) = replace(folder, b"broken", "test", which=[5])
+    data = image_folder(folder, "predict", on_error="skip")
+    assert sum(len(labels) for _, labels in data.test_dataloader()) == 8
+    with pytest.raises(UnreadableImageError, match=path):
+        list(data.predict_dataloader())
+
+
+def test_nothing_but_broken_images(folder):
+    replace(folder, b"broken", which=range(24))
+    with pytest.raises(UnreadableImageError, match="png: cannot identify"):
+        image_folder(folder, on_error="skip")
+
+
+def test_metrics_leave_out_what_is_skipped(folder, tiny, tmp_path):
+    """Also where all images of a batch are: they are as without the files."""
+    replace(folder, b"broken", "test", which=[0, 1, 2, 5])
+    team = tiny.team(num_classes=3, input_shape=(3, 40, 40))
+    options = {"batch_size": 3, "on_error": "skip"}
+    trainer = tiny.trainer(tmp_path)
+    with pytest.warns(UserWarning, match="4 images could not be read"):
+        (found,) = trainer.test(team, ImageFolder(root=folder, **options), verbose=False)
+    for index, path in enumerate(sorted((folder / "test").rglob("*.png"))):
+        if index in (0, 1, 2, 5):
+            path.unlink()
+    (expected,) = trainer.test(team, ImageFolder(root=folder, **options), verbose=False)
+    assert found == pytest.approx(expected)
+
+
+def test_channels_are_those_of_the_images(folder):
+    assert image_folder(folder).input_shape == (3, 40, 40)
+    grey = stored(Image.fromarray(np.zeros((40, 40), np.uint8))).getvalue()
+    replace(folder, grey, which=range(23))
+    assert image_folder(folder).input_shape == (3, 40, 40)  # one is in colour
+    replace(folder, grey, which=range(24))
+    data = image_folder(folder)
+    assert data.input_shape == (1, 40, 40)
+    assert next(iter(data.val_dataloader()))[0].shape == (4, 1, 40, 40)  # which are in colour
+    images = data.normalize(torch.full((1, 1, 2, 2), 0.449))
+    torch.testing.assert_close(images, torch.zeros(1, 1, 2, 2), atol=1e-3, rtol=0)
+
+
+def test_images_of_different_sizes(folder):
+    other = stored(Image.fromarray(np.zeros((30, 50, 3), np.uint8))).getvalue()
+    replace(folder, other, which=[3])
+    with pytest.raises(ValueError, match=r"differ in size \(30x50, 40x40, ...\): set image_size"):
+        image_folder(folder)
+    assert image_folder(folder, image_size=20).input_shape == (3, 20, 20)
+
+
+def test_a_size_that_shows_up_late_is_named(folder):
+    data = image_folder(folder)
+    other = stored(Image.fromarray(np.zeros((30, 50, 3), np.uint8))).getvalue()
+    (path,) = replace(folder, other, "val", which=[3])
+    with pytest.raises(UnreadableImageError, match=f"{path} has 30x50 pixels, the others 40x40"):
+        list(data.val_dataloader())
+
+
+def test_orientation_counts_for_the_size(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = stored(Image.fromarray(np.zeros((30, 50, 3), np.uint8)), exif=exif).getvalue()
+    for split, count in {"train": 24, "val": 6}.items():
+        replace(folder, turned, split, which=range(count))
+    data = image_folder(folder)
+    assert data.input_shape == (3, 50, 30)
+    assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 50, 30)
+
+
+def test_evaluation_takes_the_middle(folder):
+    side = np.zeros((64, 128, 3), np.uint8)
+    side[:, 32:96] = 255
+    replace(folder, stored(Image.fromarray(side)).getvalue(), "val", which=range(6))
+    data = image_folder(folder, image_size=28)  # from the middle 56 of 64 pixels
+    for image, _ in (data.val_set[i] for i in range(6)):
+        assert image.shape == (3, 28, 28)
+        assert image.min() > 250
+
+
+def test_statistics(folder):
+    value = stored(Image.fromarray(np.full((40, 40, 3), (51, 102, 153), np.uint8))).getvalue()
+    replace(folder, value, which=range(12))
+    value = stored(Image.fromarray(np.full((40, 40, 3), (102, 102, 204), np.uint8))).getvalue()
+    replace(folder, value, which=range(12, 24))
+    data = image_folder(folder, statistics="data")
+    np.testing.assert_allclose(data.mean, (0.3, 0.4, 0.7), atol=1e-6)
+    np.testing.assert_allclose(data.std, (0.1, 0, 0.1), atol=1e-6)
+    test = image_folder(folder, "test", statistics="data")
+    assert (test.mean, test.std) == (data.mean, data.std)
+    given = image_folder(folder, statistics=Statistics([0.1] * 3, [0.2] * 3))
+    torch.testing.assert_close(
+        given.normalize(torch.full((1, 3, 1, 1), 0.3)).mean(), torch.ones(())
+    )
+    with pytest.raises(
+        ValueError, match=r"statistics\.std must have a value for each of 3 channels"
+    ):
+        image_folder(folder, statistics=Statistics([0.1] * 3, [0.2]))
+    default = ImageFolder(root=folder)
+    assert default.mean == (0.485, 0.456, 0.406)
+    grey = stored(Image.fromarray(np.zeros((40, 40), np.uint8))).getvalue()
+    replace(folder, grey, which=range(24))
+    assert np.allclose(ImageFolder(root=folder).std, 0.226)
+
+
+def test_names_that_are_no_text(folder):
+    name = os.fsencode(folder / "train/n01") + b"/\xff.png"
+    os.rename(sorted((folder / "train/n01").iterdir())[0], name)
+    assert len(image_folder(folder).train_set) == 24
+
+
+# Folders
+
+
+def test_folders_are_classes_and_splits(on_disk):
+    root = on_disk.image_folder(form="PNG", suffix="png", classes=("cat", "dog", "emu"))
+    data = image_folder(root, image_size=32)
+    assert data.num_classes == 3
+    assert (len(data.train_set), len(data.val_set)) == (24, 6)
+    data.setup("test")
+    assert [label for _, label in (data.test_set[i] for i in range(9))] == [0] * 3 + [1] * 3 + [
+        2
+    ] * 3
+    dogs = sorted((root / "test/dog").iterdir())
+    for i, path in enumerate(dogs):
+        image, label = data.test_set.dataset[3 + i]
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(path)))
+        assert label == 1
+    cut = image_folder(root, image_size=32, val_fraction=0.25)
+    assert (len(cut.train_set), len(cut.val_set)) == (18, 6)
+    other = image_folder(root, "test", image_size=32, test="val")
+    assert len(other.test_set) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda root: root.rename(root.with_name("gone")), FileNotFoundError, "no folder {}/train"),
+        (lambda root: (root / "train").rename(root / "training"), FileNotFoundError, "{}/train"),
+        (lambda root: (root / "train/empty").mkdir(), FileNotFoundError, "{}/train.*classes empty"),
+        (lambda root: (root / "val/other").mkdir(), ValueError, "{}/val has .* other"),
+    ],
+)
+def test_folders_that_do_not_fit(folder, change, error, message):
+    change(folder)
+    with pytest.raises(error, match=message.format(folder)):
+        image_folder(folder)
+
+
+def test_a_split_without_images(folder):
+    for path in (folder / "val").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="ImageFolder, validation split: there is no image in it"):
+        image_folder(folder)
+
+
+def test_no_class_folders(folder):
+    for path in (folder / "train").iterdir():
+        path.rename(folder / path.name)
+    with pytest.raises(FileNotFoundError, match=r"train should hold a folder .* for each class"):
+        image_folder(folder)
+
+
+def test_no_test_folder(folder):
+    (folder / "test").rename(folder / "other")
+    with pytest.raises(FileNotFoundError, match=f"no folder {folder}/test"):
+        image_folder(folder, "test")
+
+
+def test_the_command_line_says_what_is_missing(cli, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", "--data", "ImageFolder", "--data.root", tmp_path / "none")
+    message = capsys.readouterr().err
+    assert f"no folder {tmp_path}/none/train" in message
+    assert "Traceback" not in message

@@ -1,0 +1,236 @@
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from teamnet_pl.data import Shards
+from teamnet_pl.data.loading import UnreadableImageError
+
+SIZES = [11, 7, 9, 13]  # 40 images
+
+
+def shards(on_disk, stage="fit", **kwargs):
+    """Images as they are, in batches of 4."""
+    pl.seed_everything(0, verbose=False)
+    options = {
+        "train": on_disk.shards(SIZES),
+        "val": on_disk.shards([5, 2], "val"),
+        "test": on_disk.shards([6], "test"),
+        "num_classes": 3,
+        "train_images": 40,
+        "image_size": 24,
+        "batch_size": 4,
+        "train_transform": [],
+    }
+    data = Shards(**options | kwargs)
+    data.eval_transform = list
+    data.setup(stage)
+    return data
+
+
+def numbers(on_disk, loader, count=40):
+    """Which image is which, in order, and that each has its label."""
+    known = {on_disk.pixels(1, 24, seed=i)[0].tobytes(): i for i in range(count)}
+    found = []
+    for images, labels in loader:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            found.append(known[image.permute(1, 2, 0).contiguous().numpy().tobytes()])
+            assert label == found[-1] % 3
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_and_labels_of_each_split(on_disk, num_workers):
+    data = shards(on_disk, num_workers=num_workers)
+    train = numbers(on_disk, data.train_dataloader())
+    assert len(data.train_dataloader()) == 10
+    assert len(train) == 40
+    if num_workers == 0:
+        assert sorted(train) == list(range(40))
+    assert train != sorted(train)
+    assert sorted(numbers(on_disk, data.val_dataloader())) == list(range(7))
+    data.setup("test")
+    assert sorted(numbers(on_disk, data.test_dataloader())) == list(range(6))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker:UserWarning")
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_each_epoch_has_another_order_that_the_seed_repeats(on_disk, num_workers):
+    def epochs():
+        data = shards(on_disk, num_workers=num_workers, train_transform=v2.ColorJitter(0.5))
+        loader = data.train_dataloader()
+        return [torch.cat([images for images, _ in loader]) for _ in range(3)]
+
+    first, again = epochs(), epochs()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+
+
+def test_a_buffer_of_one_does_not_shuffle_within_a_shard(on_disk):
+    data = shards(on_disk, buffer=1)
+    order = numbers(on_disk, data.train_dataloader())
+    starts = np.cumsum([0, *SIZES[:-1]])
+    parts = sorted(order.index(start) for start in starts)
+    pieces = [order[a:b] for a, b in zip(parts, [*parts[1:], None], strict=True)]
+    assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
+
+
+def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
+    data = shards(on_disk, train_images=80)
+    order = numbers(on_disk, data.train_dataloader())
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
+    assert order[:40] != order[40:]
+
+
+class Recorder(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, _):
+        self.seen += batch
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, _):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("num_workers", "every", "on_error"),
+    [
+        (0, 14, "raise"),
+        (3, 1, "raise"),
+        (3, 14, "raise"),  # within the second epoch of 10
+        (2, 10, "raise"),
+        (0, 3, "skip"),
+        (3, 14, "skip"),
+    ],
+)
+def test_a_resumed_run_goes_on_with_the_same_batches(
+    on_disk, tmp_path, num_workers, every, on_error
+):
+    def run(**kwargs):
+        data = shards(
+            on_disk,
+            num_workers=num_workers,
+            mixup_alpha=1,
+            train_transform=v2.ColorJitter(0.5),
+            on_error=on_error,
+        )
+        if on_error == "skip":
+            path = on_disk.folder / "train-1.tar"
+            path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 2))
+        model = Recorder()
+        callback = pl.callbacks.ModelCheckpoint(
+            tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=2, callbacks=[callback], logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, datamodule=data, **kwargs)
+        return model.seen
+
+    whole = run()
+    assert len(whole) == 2 * 20
+    resumed = run(ckpt_path=tmp_path / f"step={every}.ckpt")
+    assert len(resumed) == 2 * (20 - every)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2 * every :], strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_the_shards(on_disk, rank, monkeypatch):
+    monkeypatch.setattr(Shards, "_processes", lambda self: (2, rank))
+    data = shards(on_disk, train_images=16)
+    assert len(data.train_dataloader()) == 2
+    own = numbers(on_disk, data.train_dataloader())
+    val = sorted(numbers(on_disk, data.val_dataloader()))
+    monkeypatch.setattr(Shards, "_processes", lambda self: (2, 1 - rank))
+    others = numbers(on_disk, shards(on_disk, train_images=16).train_dataloader())
+    assert len(own) == len(others) == 8
+    assert not set(own) & set(others)
+    assert val == ([0, 1, 2, 3, 4], [5, 6])[rank]
+
+
+def test_broken_images(on_disk):
+    data = shards(on_disk)
+    path = on_disk.folder / "val-1.tar"
+    broken = path.read_bytes().replace(b"\x89PNG", b"none", 1)
+    path.write_bytes(broken)
+    with pytest.raises(UnreadableImageError, match=r"val-1.tar, 0005.png: "):
+        list(data.val_dataloader())
+    data = shards(on_disk, on_error="skip")
+    path.write_bytes(broken)
+    train = on_disk.folder / "train-2.tar"
+    train.write_bytes(train.read_bytes().replace(b"\x89PNG", b"none", 1))
+    assert len(numbers(on_disk, data.train_dataloader())) == 40  # the stream goes on
+    assert sorted(numbers(on_disk, data.val_dataloader())) == [0, 1, 2, 3, 4, 6]
+    with pytest.warns(UserWarning, match="2 images could not be read") as warned:
+        data.teardown("fit")
+    assert "val-1.tar, 0005.png: " in str(warned[0].message)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"", "a.txt": b"1"}, r"val-0.tar, a must have .* found png, txt with class ''"),
+        ({"a.cls": b"1"}, r"val-0.tar, a must have an image .* found cls with class '1'"),
+        ({"a.png": b"", "a.cls": b"3"}, r"in 0..2, found png, cls with class '3'"),
+        ({"a.png": b"", "a.cls": b"-1"}, r"in 0..2, found png, cls with class '-1'"),
+        ({"a.png": b"", "a.cls": b"\xff"}, r"in 0..2, found png, cls with class"),
+        ({"a.png": b"none", "a.cls": b"1"}, r"val-0.tar, a.png: cannot identify"),
+        ({}, r"There is no image in .*val-0.tar"),
+    ],
+)
+def test_samples_that_do_not_fit_are_named_before_training(on_disk, members, message):
+    val = f"{on_disk.folder}/other/val-0.tar"
+    on_disk.tar(on_disk.folder / "other/val-0.tar", members)
+    with pytest.raises(ValueError, match=message):
+        shards(on_disk, val=val)
+
+
+def test_a_cut_tar_is_named(on_disk):
+    data = shards(on_disk)
+    path = on_disk.folder / "val-1.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"val-1.tar can't be read as a tar"):
+        list(data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "error", "message"),
+    [
+        ("fit", {"train": "/none-{0..2}.tar"}, FileNotFoundError, "train shards /none-0.tar, /no"),
+        ("test", {"test": None}, ValueError, "no test shards: set test"),
+        ("fit", {"buffer": 0}, ValueError, "buffer must be at least 1, got 0"),
+        ("fit", {"train_transform": v2.Pad(1)}, ValueError, r"train images .* \(3, 26, 26\)"),
+    ],
+)
+def test_arguments_that_do_not_fit(on_disk, stage, arguments, error, message):
+    with pytest.raises(error, match=message):
+        shards(on_disk, stage, **arguments)
+
+
+def test_too_few(on_disk):
+    with pytest.raises(ValueError, match="1 x 4, got 3"):
+        shards(on_disk, train_images=3).train_dataloader()
+    with pytest.raises(ValueError, match="4 training shards, but 5 workers"):
+        shards(on_disk, num_workers=5).train_dataloader()
+    with pytest.raises(ValueError, match="can't be predicted"):
+        shards(on_disk, "predict").predict_dataloader()
+
+
+def test_shards_from_elsewhere(on_disk, serve):
+    on_disk.shards(SIZES)
+    address = serve(on_disk.folder)
+    data = shards(on_disk, train=f"{address}/train-{{0..3}}.tar")
+    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
