@@ -1,0 +1,1 @@
+"""A trained net at work: a budget at run time decides its depth."""
