@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+CONFIG_KEY = "teamnet_config"
+"""Where a checkpoint of the command line keeps the config of team and data, as YAML text."""
+
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
     """Loads a file that `torch.save` wrote, as tensors and plain values.

@@ -23,12 +23,11 @@ from lightning.pytorch.cli import (
 
 from teamnet_pl import cooperation, data
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
-from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.checkpoints import CONFIG_KEY, load_checkpoint
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 
-_CONFIG_KEY = "teamnet_config"
 _FROM_DATA = ("num_classes", "input_shape")
 
 
@@ -42,7 +41,7 @@ class CheckpointedConfig(SaveConfigCallback):
         data = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["data"]
         hparams = pl_module.hparams.items()
         model = {k: v for k, v in hparams if k not in _FROM_DATA and not k.startswith("_")}
-        checkpoint[_CONFIG_KEY] = yaml.safe_dump({"model": model, "data": data})
+        checkpoint[CONFIG_KEY] = yaml.safe_dump({"model": model, "data": data})
 
 
 class TeamArgumentParser(LightningArgumentParser):
@@ -149,10 +148,10 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
             f"{path} is no checkpoint of a training: it holds {', '.join(map(str, checkpoint))}. "
             "Weights alone can start a member: --model.leader.checkpoint."
         )
-    if _CONFIG_KEY not in checkpoint:
+    if CONFIG_KEY not in checkpoint:
         return args
     first = 1 + next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)
-    return [*args[:first], "--config", checkpoint[_CONFIG_KEY], *args[first:]]
+    return [*args[:first], "--config", checkpoint[CONFIG_KEY], *args[first:]]
 
 
 def run_command(name: str, words: list[str]) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from teamnet_pl.commands.blocks import show_blocks
+from teamnet_pl.commands.profile import profile_teammate
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "blocks": show_blocks,
+    "profile": profile_teammate,
 }
 
-__all__ = ["COMMANDS", "show_blocks"]
+__all__ = ["COMMANDS", "profile_teammate", "show_blocks"]

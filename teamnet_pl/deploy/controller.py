@@ -1,8 +1,8 @@
 """Which depth a budget allows, as the machine's load changes. Plain arithmetic on times.
 
-What a depth takes is what it took when it was profiled, times the *load*: how many times as slow the
-machine is now. So one number, learned from any depth, tells of all of them, and the depth follows
-from the load, the budget and the batch size alone.
+What a depth takes is what it took when it was profiled, times the *load*: how many times as slow
+the machine is now. So one number, learned from any depth, tells of all of them, and the depth
+follows from the load, the budget and the batch size alone.
 
 The load is the 95th percentile of the last requests' ratios, held: it rises at once, since a budget
 is missed until it does, and is lowered late and by steps. Each lowering tries out what may be too
