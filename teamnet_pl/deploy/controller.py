@@ -34,7 +34,8 @@ class DepthController:
     Args:
         depths: Names of the depths, the deepest first.
         expected_ms: Latency of a depth for a batch size as profiled, in milliseconds.
-        headroom: Share of each budget that is left free.
+        headroom: Share of each budget that is left free, but where the last depth chosen fits: so
+            what is left of budgets may vary by so much, and the depth stays.
         wait_s: Seconds that the load has to be lower before it is taken to be.
         clock: The time in seconds.
 
@@ -76,6 +77,7 @@ class DepthController:
         self._lock = threading.Lock()
         self._ratios: deque[float] = deque(maxlen=WINDOW)
         self._load = math.inf  # nothing is known: the shallowest depth is the safe one
+        self._last = self.depths[-1]
         self._near = -math.inf  # when the load was last seen to be about the held one
         self._lowered = -math.inf  # when it was last lowered; forgotten when it rises
         self._failed = 0.0  # the load that did not last
@@ -96,11 +98,12 @@ class DepthController:
             budget_ms: Time that there is, in milliseconds.
             batch_size: Number of images to run at once.
         """
-        allowed = budget_ms * (1 - self._headroom)
         for depth in self.depths:
-            if self.estimate_ms(depth, batch_size) <= allowed:
-                return depth
-        return self.depths[-1]
+            share = 1.0 if depth == self._last else 1 - self._headroom
+            if self.estimate_ms(depth, batch_size) <= budget_ms * share:
+                break
+        self._last = depth
+        return depth
 
     def observe(self, depth: str, batch_size: int, taken_ms: float) -> None:
         """Learns from a run.
