@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from teamnet_pl.commands.blocks import show_blocks
 from teamnet_pl.commands.profile import profile_teammate
+from teamnet_pl.commands.serve import serve
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "blocks": show_blocks,
     "profile": profile_teammate,
+    "serve": serve,
 }
 
-__all__ = ["COMMANDS", "profile_teammate", "show_blocks"]
+__all__ = ["COMMANDS", "profile_teammate", "serve", "show_blocks"]
