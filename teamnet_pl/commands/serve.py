@@ -52,7 +52,12 @@ def serve(
             f"A server needs {error.name}, which is not installed: pip install 'teamnet_pl[serve]'"
         ) from error
     predictor = Predictor.from_checkpoint(
-        ckpt_path, teammate, device=device, profile=profile, depths=depths
+        ckpt_path,
+        teammate,
+        device=device,
+        profile=profile,
+        depths=depths,
+        batch_sizes=(1, max_batch_size),
     )
     server = Server(
         predictor,

@@ -118,8 +118,12 @@ class Batcher:
             )
 
     def _pace_ms(self, waiting: Sequence[_Request], now: float) -> float:
-        """Milliseconds that each batch may take so that all that wait are in time."""
-        left = ((r.deadline - now) / (i // self._max_batch_size + 1) for i, r in enumerate(waiting))
+        """Milliseconds that each batch may take so that all that wait are in time.
+
+        Of several batches one may be slow; that all are is so rare that it is not planned for.
+        """
+        typical, size = self._predictor.controller.typical, self._max_batch_size
+        left = ((r.deadline - now) / (1 + i // size * typical) for i, r in enumerate(waiting))
         return 1000 * min(left)
 
     async def run(self) -> None:

@@ -13,6 +13,7 @@ same for long sees few of them, also where load slows down deep runs more than s
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -86,6 +87,13 @@ class DepthController:
     def load(self) -> float:
         """How many times as slow as profiled the machine is taken to be; infinite at first."""
         return self._load
+
+    @property
+    def typical(self) -> float:
+        """What a typical run takes, as a share of what `estimate_ms` says of it: at most 1."""
+        with self._lock:
+            ratios = list(self._ratios)
+        return min(1.0, statistics.median(ratios) / self._load) if ratios else 1.0
 
     def estimate_ms(self, depth: str, batch_size: int = 1) -> float:
         """Latency to expect of a depth now, in milliseconds (its 95th percentile)."""

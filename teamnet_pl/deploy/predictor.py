@@ -53,6 +53,8 @@ class Predictor:
         preprocessing: What brings images to what the net was trained on.
         profile: What the depths take on this machine; by default a few runs tell.
         depths: Names of the depths to choose from; by default all.
+        batch_sizes: Numbers of images of those few runs. What lies between is known from them;
+            larger batches are taken to be slower in proportion, which they mostly are not.
 
     Attributes:
         depths: Names of the depths to choose from, the deepest first.
@@ -60,7 +62,8 @@ class Predictor:
         controller: What chooses a depth for a budget of time.
 
     Raises:
-        ValueError: If the net has no such depth, or the profile is that of another net or device.
+        ValueError: If the net has no such depth, the profile is that of another net or device, or
+            a batch size is not positive.
 
     Example:
         >>> import torchvision
@@ -82,6 +85,7 @@ class Predictor:
         *,
         profile: Profile | None = None,
         depths: Sequence[str] | None = None,
+        batch_sizes: Sequence[int] = (1, 8),
     ) -> None:
         net.eval()
         chosen = [net.depth(depth) for depth in (net.depths if depths is None else depths)]
@@ -94,7 +98,7 @@ class Predictor:
         costs = depth_costs(net, net.input_shape)
         self.macs = {depth: costs[depth].macs for depth in views}
         if profile is None:
-            profile = profile_depths(net, views, batch_sizes=[1], runs=CALIBRATION_RUNS)
+            profile = profile_depths(net, views, batch_sizes, CALIBRATION_RUNS)
         self._check(profile, next(net.parameters()).device)
         self.controller = DepthController(self.depths, profile.expected_ms)
         # Whatever the profile says, what the machine does now is not known without a run.
@@ -125,6 +129,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         profile: Profile | str | Path | None = None,
         depths: Sequence[str] | None = None,
+        batch_sizes: Sequence[int] = (1, 8),
     ) -> Predictor:
         """Loads a Teammate of a checkpoint, and the normalisation of the data it was trained on.
 
@@ -135,16 +140,19 @@ class Predictor:
             profile: What the depths take on this machine, or the file that ``teamnet profile``
                 wrote; by default a few runs tell.
             depths: Names of the depths to choose from; by default all.
+            batch_sizes: Numbers of images of those few runs.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no checkpoint of a team, has no such Teammate or depth, or its data
-                cannot be made; or if the profile is none, or of another net or device.
+                cannot be made; if the profile is none, or of another net or device; or if a batch
+                size is not positive.
         """
         if isinstance(profile, str | Path):
             profile = Profile.load(profile)
         net = load_teammate(path, teammate, device)
-        return cls(net, load_preprocessing(path), profile=profile, depths=depths)
+        preprocessing = load_preprocessing(path)
+        return cls(net, preprocessing, profile=profile, depths=depths, batch_sizes=batch_sizes)
 
     def predict(
         self,

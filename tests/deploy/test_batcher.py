@@ -106,6 +106,17 @@ def test_as_deep_as_all_that_wait_allow(budget, depth):
     assert machine.now * 1000 <= budget
 
 
+@pytest.mark.parametrize(("budget", "depth"), [(51, "d2"), (49, "d0")])
+def test_only_one_batch_of_several_is_planned_to_be_slow(budget, depth):
+    """Two of 20 runs took twice as long: d2's 16 ms are 32 at worst, and 16 in the other batch."""
+    machine = Machine()
+    for slow in [False] * 18 + [True] * 2:
+        machine.controller.observe("d0", 1, 2.0 + 2.0 * slow)
+    assert machine.controller.load == pytest.approx(2)
+    serve(machine, [(i, budget) for i in range(1, 9)])
+    assert machine.batches[1][0] == depth
+
+
 def test_refused_when_not_even_the_shallowest_is_in_time():
     machine = Machine()
     answers = serve(machine, [(i, 19) for i in range(1, 20)])

@@ -88,6 +88,18 @@ def test_batches_are_slower():
     assert machine.controller.estimate_ms("d5", 4) == pytest.approx(32)
 
 
+def test_a_typical_run_takes_less_than_what_is_planned_for():
+    machine = Machine(13)
+    assert machine.controller.typical == 1
+    machine.run(1, 5)
+    assert machine.controller.typical == pytest.approx(1)
+    machine.run(2.5, 0.1)
+    assert machine.controller.load == pytest.approx(2.5)
+    assert machine.controller.typical == pytest.approx(1 / 2.5)
+    machine.run(2.5, 1)
+    assert machine.controller.typical == pytest.approx(1)
+
+
 def test_shallowest_while_nothing_is_known():
     machine = Machine(1000)
     assert machine.controller.load == math.inf

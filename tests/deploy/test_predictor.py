@@ -125,6 +125,20 @@ def test_calibrates_without_a_profile(predictor):
     assert all(0 < taken < 1e4 for taken in times)
 
 
+def test_batch_sizes_that_are_calibrated(team, monkeypatch):
+    sizes = []
+
+    def profile_depths(net, views, batch_sizes, runs):
+        sizes.append(list(batch_sizes))
+        rows = [ProfileRow(depth, [1], 1, 1, 1, 5.0, 5.0, 0) for depth in views]
+        return Profile("cpu", "a machine", 1, rows)
+
+    monkeypatch.setattr(module, "profile_depths", profile_depths)
+    preprocessing = Preprocessing((1, 8, 8), [0], [1])
+    Predictor(team.teammates["a"], preprocessing, batch_sizes=[1, 3])
+    assert sizes == [[1, 3]]
+
+
 def test_a_choice_of_depths(checkpoint, images):
     chosen = Predictor.from_checkpoint(checkpoint, depths=["d0", "d4"])
     assert chosen.depths == ("d4", "d0")

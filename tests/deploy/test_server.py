@@ -240,9 +240,18 @@ def test_options_out_of_range(predictor, options, message):
 def test_options_reach_the_server(checkpoint, monkeypatch):
     started = {}
     monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options, app=app))
+    make, options = Predictor.from_checkpoint, {}
+
+    def from_checkpoint(*args, **kwargs):
+        options.update(kwargs)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(Predictor, "from_checkpoint", from_checkpoint)
     words = ["--depths", '["d4","d0"]', "--budget_ms", 250, "--port", 99, "--max_body_bytes", 3]
+    words += ["--max_batch_size", 5]
     main(["serve", "--ckpt_path", str(checkpoint), *map(str, words)])
     assert (started["host"], started["port"]) == ("127.0.0.1", 99)
+    assert options["batch_sizes"] == (1, 5)
     with TestClient(started["app"]) as client:
         found = client.get("/health").json()
         assert (list(found["depths"]), found["budget_ms"]) == (["d4", "d0"], 250)
