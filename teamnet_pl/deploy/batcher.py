@@ -50,8 +50,8 @@ class Batcher:
     """Runs requests in batches, the earliest deadline first.
 
     A batch is what waits when the last one is done. Its depth is the deepest with which all that
-    wait, at that pace, are answered in time. So the more there are, the shallower they run: depth
-    gives way before a request is refused.
+    wait, at that pace, are answered in time; the shallowest where any was refused meanwhile, since
+    those no longer wait. So the more there are, the shallower they run: depth gives way first.
 
     Args:
         predictor: The net. Batches run on a thread of their own, one at a time.
@@ -76,6 +76,7 @@ class Batcher:
         self._waiting: list[_Request] = []  # by deadline
         self._wakes = asyncio.Event()
         self._done_at: float | None = None  # when the batch that runs, if any, should be done
+        self._refused = False  # since the last batch began, a request that alone would be in time
         self._thread = ThreadPoolExecutor(1, "predictor")
 
     @property
@@ -112,6 +113,8 @@ class Batcher:
         size = min(len(waiting), self._max_batch_size)
         least_ms = controller.estimate_ms(depth, size)
         if self._pace_ms(waiting, max(self._clock(), self._done_at or 0)) < least_ms:
+            alone_ms = 1000 * (request.deadline - request.arrived)
+            self._refused |= alone_ms >= controller.estimate_ms(depth)
             raise OverloadedError(
                 f"{len(waiting) - 1} requests wait: even at depth {depth}, {least_ms:.1f} ms for "
                 f"{size}, this one or another would come too late."
@@ -140,7 +143,9 @@ class Batcher:
         depth = self._waiting[0].depth
         batch = [r for r in self._waiting if r.depth == depth][: self._max_batch_size]
         if depth is None:
-            depth = controller.choose(self._pace_ms(self._waiting, now), len(batch))
+            pace_ms = 0.0 if self._refused else self._pace_ms(self._waiting, now)
+            depth = controller.choose(pace_ms, len(batch))
+        self._refused = False
         taken = {id(request) for request in batch}
         self._waiting = [request for request in self._waiting if id(request) not in taken]
         images = torch.stack([request.image for request in batch])

@@ -128,6 +128,15 @@ def test_refused_when_not_even_the_shallowest_is_in_time():
     assert "8 requests wait: even at depth d0, 8.0 ms for 4" in str(refused[0])
 
 
+@pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
+def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
+    """It is no longer among those that wait; one that never could be in time tells nothing."""
+    machine = Machine()
+    refused = serve(machine, [*((i, 1000) for i in range(1, 7)), (9, budget)])[-1]
+    assert isinstance(refused, OverloadedError)
+    assert [own for own, _ in machine.batches[1:]] == [depth, "d7"]
+
+
 def test_one_that_would_delay_others_too_much_is_refused():
     machine = Machine()
     # 19 ms are enough for two batches of 8 ms at the shallowest, and no third one.
