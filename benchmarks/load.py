@@ -33,6 +33,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from results_file import save_results
 
+from teamnet_pl.deploy.loading import load_teammate
+
 METHODS = {"budget": "all depths", "fixed": "the deepest depth alone"}
 
 
@@ -54,7 +56,7 @@ def train(args: argparse.Namespace, folder: Path) -> Path:
 
 
 @contextmanager
-def server(args: argparse.Namespace, checkpoint: Path, depths: list[str] | None) -> Iterator[str]:
+def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Iterator[str]:
     """A server process; yields its address."""
     words = ["--ckpt_path", checkpoint, "--depths", json.dumps(depths), "--port", 0]
     words += ["--budget_ms", args.budget_ms, "--max_batch_size", args.batch_size]
@@ -151,6 +153,9 @@ def measure(args: argparse.Namespace, address: str, multiple: float, rate: float
     answered = [ms for status, ms, _ in client.done if status == 200]
     by_status = Counter(str(status) for status, _, _ in client.done)
     depths = Counter(depth for status, _, depth in client.done if status == 200)
+    lost = sum(n for status, n in by_status.items() if status not in ("200", "503"))
+    if not lost and counted != by_status:
+        sys.exit(f"The server counts {dict(counted)}, the client {dict(by_status)}.")
     return {
         "multiple": multiple,
         "sent": len(client.done),
@@ -158,9 +163,8 @@ def measure(args: argparse.Namespace, address: str, multiple: float, rate: float
         "answered_per_second": len(answered) / seconds,
         "in_time_per_second": sum(ms <= args.budget_ms for ms in answered) / seconds,
         "refused": by_status["503"] / len(client.done),
-        "lost": sum(n for status, n in by_status.items() if status not in ("200", "503")),
-        "counted_by_server": dict(counted),
-        "counted_by_client": dict(by_status),
+        "lost": lost,
+        "by_status": dict(by_status),
         "p50_ms": float(np.percentile(answered, 50)) if answered else None,
         "p99_ms": float(np.percentile(answered, 99)) if answered else None,
         "depths": {depth: count / len(answered) for depth, count in depths.items()},
@@ -206,8 +210,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = train(args, Path(folder))
-        with server(args, checkpoint, None) as address:
-            depths = list(httpx2.get(f"{address}/health").json()["depths"])
+        depths = [depth.name for depth in load_teammate(checkpoint).depths]
         choices = {"fixed": depths[:1], "budget": depths}
         for method, own in choices.items():
             with server(args, checkpoint, own) as address:

@@ -98,35 +98,45 @@ class Batcher:
         Raises:
             OverloadedError: If other requests leave too little time for the shallowest depth.
         """
+        self.admit(arrived, budget_ms, depth)
         request = _Request(image, arrived, arrived + budget_ms / 1000, depth)
-        self._admit(request)
         insort(self._waiting, request, key=attrgetter("deadline"))
         self._wakes.set()
         return await request.answer
 
-    def _admit(self, request: _Request) -> None:
+    def admit(self, arrived: float, budget_ms: float, depth: str | None = None) -> None:
+        """Refuses a request that would be refused now: before its image is decoded, say.
+
+        Args:
+            arrived: When the request came, by the clock.
+            budget_ms: Milliseconds from then to the answer.
+            depth: Name of the depth to run; by default the deepest that there is time for.
+
+        Raises:
+            OverloadedError: If other requests leave too little time for the shallowest depth.
+        """
         if not self._waiting and self._done_at is None:
             return  # nobody else is to blame; and an estimate that is far too high gets corrected
-        waiting = sorted([*self._waiting, request], key=attrgetter("deadline"))
+        deadlines = [request.deadline for request in self._waiting]
+        insort(deadlines, arrived + budget_ms / 1000)
         controller = self._predictor.controller
-        depth = request.depth or controller.depths[-1]
-        size = min(len(waiting), self._max_batch_size)
+        depth = depth or controller.depths[-1]
+        size = min(len(deadlines), self._max_batch_size)
         least_ms = controller.estimate_ms(depth, size)
-        if self._pace_ms(waiting, max(self._clock(), self._done_at or 0)) < least_ms:
-            alone_ms = 1000 * (request.deadline - request.arrived)
-            self._refused |= alone_ms >= controller.estimate_ms(depth)
+        if self._pace_ms(deadlines, max(self._clock(), self._done_at or 0)) < least_ms:
+            self._refused |= budget_ms >= controller.estimate_ms(depth)
             raise OverloadedError(
-                f"{len(waiting) - 1} requests wait: even at depth {depth}, {least_ms:.1f} ms for "
+                f"{len(self._waiting)} requests wait: even at depth {depth}, {least_ms:.1f} ms for "
                 f"{size}, this one or another would come too late."
             )
 
-    def _pace_ms(self, waiting: Sequence[_Request], now: float) -> float:
+    def _pace_ms(self, deadlines: Sequence[float], now: float) -> float:
         """Milliseconds that each batch may take so that all that wait are in time.
 
         Of several batches one may be slow; that all are is so rare that it is not planned for.
         """
         typical, size = self._predictor.controller.typical, self._max_batch_size
-        left = ((r.deadline - now) / (1 + i // size * typical) for i, r in enumerate(waiting))
+        left = ((own - now) / (1 + i // size * typical) for i, own in enumerate(deadlines))
         return 1000 * min(left)
 
     async def run(self) -> None:
@@ -143,7 +153,8 @@ class Batcher:
         depth = self._waiting[0].depth
         batch = [r for r in self._waiting if r.depth == depth][: self._max_batch_size]
         if depth is None:
-            pace_ms = 0.0 if self._refused else self._pace_ms(self._waiting, now)
+            deadlines = [request.deadline for request in self._waiting]
+            pace_ms = 0.0 if self._refused else self._pace_ms(deadlines, now)
             depth = controller.choose(pace_ms, len(batch))
         self._refused = False
         taken = {id(request) for request in batch}

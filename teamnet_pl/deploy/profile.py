@@ -275,13 +275,13 @@ def pareto_front(rows: Sequence[ProfileRow]) -> list[ProfileRow]:
     return front
 
 
-def profile_table(profile: Profile) -> Table:
-    """Lays a profile out as a table to print with rich."""
-    columns = "depth", "blocks", "MACs, M", "batch", "median, ms", "p95, ms", "peak, MiB"
-    title = f"{profile.device}, {profile.machine}, threads: {profile.threads}"
-    table = Table(*columns, f"accuracy, {profile.split or 'not known'}", title=title)
-    for row in profile.rows:
-        table.add_row(
+HEADER = "depth", "blocks", "MACs, M", "batch", "median, ms", "p95, ms", "peak, MiB", "accuracy"
+
+
+def profile_lines(profile: Profile) -> list[tuple[str, ...]]:
+    """Lays a profile out for a table with `HEADER`."""
+    return [
+        (
             row.depth,
             "-".join(map(str, row.blocks_per_stage)),
             f"{row.macs / 1e6:.3f}",
@@ -291,6 +291,15 @@ def profile_table(profile: Profile) -> Table:
             f"{row.peak_bytes / 2**20:.2f}",
             "" if row.accuracy is None else f"{row.accuracy:.2%}",
         )
+        for row in profile.rows
+    ]
+
+
+def profile_table(profile: Profile) -> Table:
+    """Lays a profile out as a table to print with rich."""
+    table = Table(*HEADER, title=f"{profile.machine}, threads: {profile.threads}")
+    for line in profile_lines(profile):
+        table.add_row(*line)
     return table
 
 

@@ -149,6 +149,7 @@ class Server:
             budget_ms, depth = self._budget(request.query_params)
             body = await self._body(request)
             arrived = time.monotonic()
+            self.batcher.admit(arrived, budget_ms, depth)  # or it would be decoded for nothing
             async with self._decoding:
                 image = await asyncio.to_thread(self._image, body)
             answer = await self.batcher.predict(image, arrived, budget_ms, depth)

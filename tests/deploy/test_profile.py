@@ -13,6 +13,7 @@ from teamnet_pl.deploy.profile import (
     pareto_front,
     peak_bytes,
     profile_depths,
+    profile_lines,
     run_timed,
     with_accuracies,
 )
@@ -132,6 +133,14 @@ def test_accuracies_of_an_evaluation(profile):
         with_accuracies(profile, rows, "b")
 
 
+def test_lines_of_the_table():
+    rows = [ProfileRow("d2", [2, 0], 1_234_567, 9, 8, 1.234, 5.678, 2**20, 0.98765)]
+    (line,) = profile_lines(Profile("cpu", "a machine", 1, rows))
+    assert line == ("d2", "2-0", "1.235", "8", "1.23", "5.68", "1.00", "98.77%")
+    (line,) = profile_lines(Profile("cpu", "a machine", 1, [row()]))
+    assert line[-1] == ""
+
+
 def test_picture_marks_the_front():
     rows = [row("d2", n, 3.0 * n, 0.9) for n in (1, 8)] + [
         row("d1", n, 4.0 * n, 0.8) for n in (1, 8)
@@ -149,7 +158,9 @@ def test_picture_marks_the_front():
 def test_command(checkpoint, team, capsys):
     words = ["--ckpt_path", str(checkpoint), "--teammate", "b", "--batch_sizes", "[1,2]"]
     main(["profile", *words, "--runs", "2"])
-    assert "Saved as" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Saved as" in printed
+    assert all(f" {depth.name} " in printed for depth in team.teammates["b"].depths)
     profile = Profile.load(checkpoint.parent / "profile_b_cpu.json")
     assert profile.depths == [depth.name for depth in team.teammates["b"].depths]
     evaluated = json.loads((checkpoint.parent / "per_depth.json").read_text())

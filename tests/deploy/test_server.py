@@ -173,8 +173,8 @@ def test_overload_is_said(client, monkeypatch):
     def refuse(*_):
         raise OverloadedError("too much")
 
-    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher._admit", refuse)
-    found = client.post("/predict", content=png())
+    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.admit", refuse)
+    found = client.post("/predict", content=b"no image")  # it is not even looked at
     assert (found.status_code, found.json()) == (503, {"error": "too much"})
     assert found.headers["Retry-After"] == "1"
     assert samples(client)['teamnet_requests_total{status="503"}'] == 1
