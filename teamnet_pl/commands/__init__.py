@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from teamnet_pl.commands.blocks import show_blocks
 from teamnet_pl.commands.profile import profile_teammate
-from teamnet_pl.commands.serve import serve
+from teamnet_pl.commands.serve import serve_teammate
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "blocks": show_blocks,
     "profile": profile_teammate,
-    "serve": serve,
+    "serve": serve_teammate,
 }
 
-__all__ = ["COMMANDS", "profile_teammate", "serve", "show_blocks"]
+__all__ = ["COMMANDS", "profile_teammate", "serve_teammate", "show_blocks"]

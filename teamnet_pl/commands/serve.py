@@ -6,7 +6,7 @@ from teamnet_pl.deploy import Predictor
 from teamnet_pl.deploy.images import MAX_PIXELS
 
 
-def serve(
+def serve_teammate(
     ckpt_path: str,
     teammate: str = "a",
     device: str = "cpu",

@@ -1,4 +1,4 @@
-"""A checkpoint as `teamnet fit` leaves it."""
+"""A team from a checkpoint, and files to choke on."""
 
 import io
 import struct
@@ -9,14 +9,6 @@ import pytest
 from PIL import Image
 
 from teamnet_pl import Team
-
-
-@pytest.fixture(scope="session")
-def checkpoint(cli, tmp_path_factory):
-    """Its depths have statistics of their own; per_depth.json lies beside it."""
-    folder = tmp_path_factory.mktemp("fitted")
-    cli(folder, "fit", "--test_after_fit", "true")
-    return folder / "logs/version_0/checkpoints/best.ckpt"
 
 
 @pytest.fixture(scope="session")

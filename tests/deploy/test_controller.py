@@ -202,6 +202,7 @@ def test_a_faster_machine_than_the_profiled_one():
 
 
 @given(st.lists(loads, min_size=1, max_size=8), budgets)
+@settings(deadline=None)
 def test_a_rise_of_the_load_costs_two_requests_and_nothing_else_any(pattern, budget):
     machine = Machine(budget)
     for before, load in zip([0, *pattern], pattern, strict=False):
@@ -210,7 +211,7 @@ def test_a_rise_of_the_load_costs_two_requests_and_nothing_else_any(pattern, bud
 
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets, st.floats(0, 1), st.integers(0, 99))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_95_of_100_are_in_time(pattern, budget, bias, seed):
     machine = Machine(budget, bias, noise=0.05, seed=seed)
     for load in pattern:
@@ -218,7 +219,7 @@ def test_95_of_100_are_in_time(pattern, budget, bias, seed):
 
 
 @given(loads, budgets, st.floats(0, 2), st.floats(0, 0.3), st.integers(0, 99))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
     """However wrong one number for all depths is, and however noisy the machine."""
     machine = Machine(budget, bias, noise, seed)
@@ -229,7 +230,7 @@ def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
 
 
 @given(loads, budgets, st.integers(0, 99))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_no_thrash_where_what_is_left_of_budgets_varies(load, budget, seed):
     """As reading the images takes longer or shorter: by less than the headroom."""
     machine = Machine(budget)
@@ -240,7 +241,7 @@ def test_no_thrash_where_what_is_left_of_budgets_varies(load, budget, seed):
 
 
 @given(loads, budgets, st.floats(0, 2))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_depth_returns_when_the_load_goes(load, budget, bias):
     machine = Machine(budget, bias)
     machine.run(load, 30)
@@ -249,7 +250,7 @@ def test_depth_returns_when_the_load_goes(load, budget, bias):
 
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_steady_state_is_what_one_would_choose_who_knows_the_load(pattern, budget):
     """But for the headroom, which the last depth needs not, and the dead band."""
     machine = Machine(budget)

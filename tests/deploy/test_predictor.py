@@ -1,5 +1,5 @@
-import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,17 +30,19 @@ def profile():
 
 @pytest.fixture
 def timed(checkpoint, profile, monkeypatch):
-    """A predictor on a machine that is made up, as slow as its ``load`` says."""
-    made_up = {}
+    """A predictor on a machine that is made up, as slow as its load says, with its own clock."""
+    machine = SimpleNamespace(load=1, now=0.0)
 
     def run_timed(view, images):
         depth = view.depths[view._selection.depth].name
-        taken = made_up.get("load", 1) * len(images) * MILLISECONDS[depth]
-        return torch.zeros(len(images), 10), taken
+        taken_ms = machine.load * len(images) * MILLISECONDS[depth]
+        machine.now += taken_ms / 1000
+        return torch.zeros(len(images), 10), taken_ms
 
     monkeypatch.setattr(module, "run_timed", run_timed)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: machine.now))
     found = Predictor.from_checkpoint(checkpoint, profile=profile)
-    found.made_up = made_up
+    found.machine = machine
     return found
 
 
@@ -91,28 +93,32 @@ def test_deepest_without_a_budget(predictor, images):
     assert predictor.predict(images).depth == "d7"
 
 
-def test_budget_of_time(timed, normalised, images):
-    # Ten per cent stay free, and preprocessing takes its share.
-    depths = {budget: timed.predict(images[0], budget_ms=budget).depth for budget in (200, 9, 1)}
-    assert depths == {200: "d7", 9: "d4", 1: "d0"}
+def test_budget_of_time(timed, images):
+    # Ten per cent stay free, but where the last depth fits.
+    depths = {b: timed.predict(images[0], budget_ms=b).depth for b in (12, 11, 7, 6, 5.9, 1)}
+    assert depths == {12: "d7", 11: "d7", 7: "d4", 6: "d4", 5.9: "d0", 1: "d0"}
     assert timed.predict(images, budget_ms=72).depth == "d4"  # 8 images take 48, or 80
-    timed.made_up["load"] = 3
+    timed.machine.load = 3
     for _ in range(2):
         timed.predict(images[0])
     assert timed.controller.load == pytest.approx(3)
-    assert timed.predict(images[0], budget_ms=28).depth == "d4"
+    found = timed.predict(images[0], budget_ms=28)
+    assert found.depth == "d4"
+    assert found.latency_ms == pytest.approx(18)
 
 
 def test_preprocessing_counts(timed, images):
-    slow = timed.preprocessing
+    preprocessing = timed.preprocessing
 
-    def preprocessing(batch):
-        time.sleep(0.05)
-        return slow(batch)
+    def slow(batch):
+        timed.machine.now += 0.05
+        return preprocessing(batch)
 
-    timed.preprocessing = preprocessing
-    assert timed.predict(images[0], budget_ms=51).depth == "d0"
-    assert timed.predict(images[0], budget_ms=51).latency_ms >= 50
+    timed.preprocessing = slow
+    assert timed.predict(images[0], budget_ms=55).depth == "d0"
+    found = timed.predict(images[0], budget_ms=57)
+    assert found.depth == "d4"
+    assert found.latency_ms == pytest.approx(56)
 
 
 def test_what_a_run_takes_is_learned_at_the_start(timed):

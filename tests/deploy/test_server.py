@@ -1,7 +1,6 @@
 """The endpoints, and a server process that gets what it may get."""
 
 import asyncio
-import http.client
 import io
 import json
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import httpx2
 import numpy as np
@@ -20,8 +18,6 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from teamnet_pl.cli import main
-from teamnet_pl.commands.serve import serve
 from teamnet_pl.deploy import Predictor
 from teamnet_pl.deploy import server as module
 from teamnet_pl.deploy.batcher import OverloadedError
@@ -234,38 +230,7 @@ def test_options_out_of_range(predictor, options, message):
         Server(predictor, **options)
 
 
-# The command
-
-
-def test_options_reach_the_server(checkpoint, monkeypatch):
-    started = {}
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options, app=app))
-    make, options = Predictor.from_checkpoint, {}
-
-    def from_checkpoint(*args, **kwargs):
-        options.update(kwargs)
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(Predictor, "from_checkpoint", from_checkpoint)
-    words = ["--depths", '["d4","d0"]', "--budget_ms", 250, "--port", 99, "--max_body_bytes", 3]
-    words += ["--max_batch_size", 5]
-    main(["serve", "--ckpt_path", str(checkpoint), *map(str, words)])
-    assert (started["host"], started["port"]) == ("127.0.0.1", 99)
-    assert options["batch_sizes"] == (1, 5)
-    with TestClient(started["app"]) as client:
-        found = client.get("/health").json()
-        assert (list(found["depths"]), found["budget_ms"]) == (["d4", "d0"], 250)
-        assert "3 are allowed" in client.post("/predict", content=png()).json()["error"]
-
-
-@pytest.mark.parametrize("name", ["uvicorn", "starlette", "prometheus_client"])
-def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
-    for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.server")
-    with pytest.raises(ValueError, match=r"pip install 'teamnet_pl\[serve\]'"):
-        serve(str(checkpoint))
+# A process
 
 
 @pytest.fixture(scope="module")
@@ -328,16 +293,15 @@ def test_a_process_lives_through_what_it_gets(process, hostile, team):
 @pytest.mark.slow
 def test_a_process_answers_what_it_has_before_it_ends(process):
     """The last test of the process."""
-    port, own, _ = process
+    port, own, log = process
     data = png()
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-        connection.putrequest("POST", "/predict")
-        connection.putheader("Content-Length", str(len(data)))
-        connection.endheaders()
-        connection.send(data[:10])
-        time.sleep(0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = f"Host: a\r\nExpect: 100-continue\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(b"POST /predict HTTP/1.1\r\n" + head.encode())
+        assert b" 100 " in connection.recv(4096)  # it waits for the body
         own.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        connection.send(data[10:])
-        assert connection.getresponse().status == 200
+        while "Shutting down" not in log.read_text():
+            time.sleep(0.05)
+        connection.sendall(data)
+        assert b" 200 " in connection.recv(4096).splitlines()[0]
     own.wait(60)
