@@ -127,14 +127,17 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(self.batcher.run())
+        self._running = asyncio.create_task(self.batcher.run())
         yield
-        running.cancel()
+        self._running.cancel()
 
     async def predict(self, request: Request) -> Response:
         """Predicts the class of the image in the body."""
         try:
             response = await self._predict(request)
+        except OverloadedError as error:
+            self.metrics.requests.labels(503).inc()
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
         except HTTPException as error:
             self.metrics.requests.labels(error.status_code).inc()
             raise
@@ -152,11 +155,9 @@ class Server:
             self.batcher.admit(arrived, budget_ms, depth)  # or it would be decoded for nothing
             async with self._decoding:
                 image = await asyncio.to_thread(self._image, body)
-            answer = await self.batcher.predict(image, arrived, budget_ms, depth)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        except OverloadedError as error:
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+        answer = await self.batcher.predict(image, arrived, budget_ms, depth)
         seconds = time.monotonic() - arrived
         self.metrics.answered(answer, seconds)
         return JSONResponse(
@@ -212,14 +213,16 @@ class Server:
         return self.predictor.preprocessing(open_image(body, self.max_pixels))[0]
 
     async def health(self, request: Request) -> Response:
-        """Says that the server answers, and what it can do."""
+        """Says whether requests are answered, and what the server can do."""
+        failed = self._running.done()
         return JSONResponse(
             {
-                "status": "ok",
+                "status": "failed" if failed else "ok",
                 "depths": self.predictor.macs,
                 "input_shape": self.predictor.preprocessing.input_shape,
                 "budget_ms": self.budget_ms,
-            }
+            },
+            503 if failed else 200,
         )
 
     async def show_metrics(self, request: Request) -> Response:

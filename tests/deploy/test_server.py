@@ -150,9 +150,20 @@ def test_metrics(client, predictor):
     assert found["teamnet_load"] == pytest.approx(predictor.controller.load)
 
 
-def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch):
+def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
+    async def run(_):
+        raise RuntimeError
+
+    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.run", run)
+    with TestClient(Server(predictor).app()) as client:
+        found = client.get("/health")
+    assert (found.status_code, found.json()["status"]) == (503, "failed")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch, error):
     def run(*_):
-        raise RuntimeError("out of memory")
+        raise error("out of memory")
 
     monkeypatch.setattr(predictor, "run", run)
     found = client.post("/predict", content=png())
