@@ -152,11 +152,11 @@ def test_alone_it_is_never_refused():
     async def main():
         batcher = Batcher(machine, clock=lambda: machine.now)
         running = asyncio.create_task(batcher.run())
-        answer = await batcher.predict(torch.ones(1), machine.now, budget_ms=0.001)
+        answers = [await batcher.predict(torch.ones(1), 0, budget_ms=0.001) for _ in range(2)]
         running.cancel()
-        return answer
+        return answers
 
-    assert asyncio.run(main()).depth == "d0"
+    assert [answer.depth for answer in asyncio.run(main())] == ["d0", "d0"]
 
 
 def test_a_depth_of_ones_own():
