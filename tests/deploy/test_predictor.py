@@ -74,6 +74,12 @@ def test_each_depth_is_the_extracted_net(predictor, team, images, normalised):
         assert found.latency_ms > 0
 
 
+def test_a_net_that_was_training(checkpoint, team, images, normalised):
+    found = Predictor(load_teammate(checkpoint).train(), load_preprocessing(checkpoint))
+    truth = expected(team, "d7", normalised)
+    torch.testing.assert_close(found.predict(images).probabilities, truth, rtol=1e-4, atol=1e-6)
+
+
 def test_the_other_teammate(checkpoint, team, images, normalised):
     found = Predictor.from_checkpoint(checkpoint, "b").predict(images)
     truth = expected(team, team.teammates["b"].depths[0], normalised, "b")

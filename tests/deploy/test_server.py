@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -111,6 +112,35 @@ def test_limits(predictor):
         found = client.post("/predict", content=png())
         assert found.status_code == 400
         assert "8x8 pixels, 63 are allowed" in found.json()["error"]
+
+
+def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
+    async def stream():
+        for _ in range(10):
+            yield bytes(30)
+
+    server = Server(predictor, max_body_bytes=100)
+    body, size = asyncio.run(server._read(SimpleNamespace(stream=stream)))
+    assert (len(body), size) == (90, 300)
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    server = Server(predictor, budget_ms=60_000)
+    decode, now, most = server._image, [], []
+
+    def slow(body):
+        now.append(body)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return decode(body)
+
+    monkeypatch.setattr(server, "_image", slow)
+    with TestClient(server.app()) as client, ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda _: client.post("/predict", content=png()), range(8))
+        assert {answer.status_code for answer in answers} == {200}
+    assert most == [1] * 8
 
 
 def test_other_paths_and_methods(client):
