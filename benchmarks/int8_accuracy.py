@@ -18,7 +18,7 @@ from results_file import save_results
 
 from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Teammate, export_files
-from teamnet_pl.deploy.loading import checkpointed_data
+from teamnet_pl.deploy.checkpointed import checkpointed_data
 
 
 def measure(path: str, name: str, images: int) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from teamnet_pl.callbacks.depth_report import HEADER, Row, report_lines
+from teamnet_pl.deploy.profile import HEADER as HEADER_OF_PROFILE
+from teamnet_pl.deploy.profile import Profile, profile_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -151,6 +153,68 @@ def per_depth(name: str) -> str:
     return markdown(HEADER, report_lines(rows))
 
 
+def profile(name: str) -> str:
+    """What each depth takes, from the file of `teamnet profile`."""
+    found = Profile.load(RESULTS / f"{name}.json")
+    return markdown(HEADER_OF_PROFILE, profile_lines(found)) + f"\n\n{found.machine}"
+
+
+def stress(name: str) -> str:
+    """Latency of each method before, under and after the load."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = [
+        [
+            "a budget" if row["method"] == "budget" else "the deepest depth",
+            row["phase"],
+            f"{row['share_of_other']:.0%}",
+            f"{row['median_ms']:.1f}",
+            f"{row['p95_ms']:.1f}",
+            f"{row['misses']:.1%}",
+            shares(row["depths"]),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "phase", "core taken", "median, ms", "p95, ms", "missed", "depths"]
+    first = result["rows"][0]
+    price = (
+        f"Budget: {result['settings']['budget_ms']:.1f} ms. Choosing a depth took "
+        f"{first['choice_us']:.1f} µs; the {first['views']} views took {first['views_ms']:.0f} ms "
+        f"to make and {first['views_bytes'] / 2**20:.1f} MiB."
+    )
+    return f"{markdown(header, rows)}\n\n{price}{source(result)}"
+
+
+def load(name: str) -> str:
+    """What became of requests by their rate."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = [
+        [
+            "all depths" if row["method"] == "budget" else "the deepest depth",
+            f"{row['multiple']:g}x",
+            f"{row['sent_per_second']:.0f}",
+            f"{row['answered_per_second']:.0f}",
+            f"{row['in_time_per_second']:.0f}",
+            f"{row['refused']:.1%}",
+            str(row["lost"]),
+            f"{row['p99_ms']:.0f}",
+            shares(row["depths"]),
+        ]
+        for row in result["rows"]
+    ]
+    header = [
+        "server", "rate", "requests/s", "answered/s", "in time/s", "refused", "lost", "p99, ms",
+        "depths",
+    ]  # fmt: skip
+    budget = f"Budget: {result['settings']['budget_ms']:.0f} ms."
+    return f"{markdown(header, rows)}\n\n{budget}{source(result)}"
+
+
+def shares(depths: dict[str, float]) -> str:
+    """How often each depth ran, the deepest first; what is rounded to nothing is left out."""
+    found = sorted(depths.items(), key=lambda item: -int(item[0][1:]))
+    return ", ".join(f"{depth} {share:.0%}" for depth, share in found if share >= 0.005)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
@@ -158,6 +222,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "onnx_files": onnx_files,
     "int8_accuracy": int8_accuracy,
     "loading": loading,
+    "profile": profile,
+    "stress": stress,
+    "load": load,
 }
 
 

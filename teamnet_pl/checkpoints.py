@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 CONFIG_KEY = "teamnet_config"
 """Where a checkpoint holds, as YAML text, what makes its team and its data."""
 
+CONFIG_KEY = "teamnet_config"
+"""Where a checkpoint of the command line keeps the config of team and data, as YAML text."""
+
 
 def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
     """Loads a file that `torch.save` or safetensors wrote, as tensors and plain values.

@@ -168,6 +168,14 @@ def cli(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def checkpoint(cli, tmp_path_factory):
+    """As `teamnet fit` leaves it: depths have their own statistics, per_depth.json lies beside."""
+    folder = tmp_path_factory.mktemp("fitted")
+    cli(folder, "fit", "--test_after_fit", "true")
+    return folder / "logs/version_0/checkpoints/best.ckpt"
+
+
 TINY = """
 data:
   class_path: Digits

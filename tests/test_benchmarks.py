@@ -1,6 +1,7 @@
 """The benchmark scripts run, and the tables in the docs are those of the results."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,3 +104,41 @@ def test_int8_accuracy(script, cli, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["depth"] for row in rows] == ["d7", "d5", "d2"]
     assert all(0 <= row[name] <= 1 for row in rows for name in ("accuracy", "int8_accuracy"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="shares a core, as Linux can")
+def test_stress(script, tmp_path):
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    options = ["--backbone", "cifar/resnet20", "--size", 16, "--depths", 3, "--seconds", 1]
+    done = script("stress.py", *options, "--out", out, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["phase"]) for row in rows] == [
+        (method, phase) for method in ("budget", "fixed") for phase in ("before", "load", "after")
+    ]
+    for row in rows:
+        assert row["requests"] == len(row["trace"]["at"]) > 0
+        assert sum(row["depths"].values()) == pytest.approx(1)
+        assert (row["share_of_other"] > 0) == (row["phase"] == "load")
+        assert row["method"] == "budget" or row["depths"]["d7"] == 1
+        assert row["choice_us"] < 100
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_load(script, tmp_path):
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    options = ["--backbone", "cifar/resnet20", "--size", 16, "--depths", 2, "--seconds", 1]
+    options += ["--multiples", 0.5, 1, "--budget-ms", 2000]
+    done = script("load.py", *options, "--out", out, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["multiple"]) for row in rows] == [
+        (method, multiple) for method in ("fixed", "budget") for multiple in (0.5, 1)
+    ]
+    for row in rows:
+        assert row["lost"] == 0
+        assert sum(row["by_status"].values()) == row["sent"] > 0
+        assert row["method"] == "budget" or set(row["depths"]) == {"d7"}
+    assert picture.stat().st_size > 10_000

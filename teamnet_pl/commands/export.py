@@ -9,8 +9,8 @@ from rich.table import Table
 
 from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Teammate, export_files
+from teamnet_pl.deploy.checkpointed import checkpointed_data
 from teamnet_pl.deploy.files import Format
-from teamnet_pl.deploy.loading import checkpointed_data
 
 
 def export(

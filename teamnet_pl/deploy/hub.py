@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.cooperation import TeammateConfig
-from teamnet_pl.deploy.loading import checkpointed_data
+from teamnet_pl.deploy.checkpointed import checkpointed_data
 from teamnet_pl.elastic import ElasticNet, depth_costs
 
 CARD = """\
@@ -138,15 +138,15 @@ class Teammate(
             ValueError: If it is no checkpoint of a training, or its team has no such Teammate.
         """
         checkpoint = load_checkpoint(path)
-        hparams = checkpoint.get("hyper_parameters", {})
-        if not {"num_classes", "input_shape", "a", "b"} <= hparams.keys():
+        hparams, state = checkpoint.get("hyper_parameters", {}), checkpoint.get("state_dict")
+        if state is None or not {"num_classes", "input_shape", "a", "b"} <= hparams.keys():
             raise ValueError(
                 f"{path} is no checkpoint of a team: it holds {', '.join(map(str, checkpoint))}. "
                 "Give one that teamnet fit saved."
             )
         if not hparams.get(name):
             there = ", ".join(mate for mate in ("a", "b") if hparams[mate])
-            raise ValueError(f"The team in {path} has the Teammates {there}, no {name}.")
+            raise ValueError(f"The team in {path} has the Teammates {there}; found {name}.")
         data = checkpointed_data(checkpoint)
         report = Path(path).parent / "per_depth.json"
         rows = json.loads(report.read_text()) if report.is_file() else []
@@ -161,10 +161,11 @@ class Teammate(
             split=rows[0]["split"] if rows else None,
         )
         prefix = f"teammates.{name}."
-        state = checkpoint["state_dict"].items()
-        teammate.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)}
-        )
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        try:
+            teammate.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f"The weights in {path} are not those of its team: {error}") from error
         return teammate.eval()
 
     def records(self) -> list[DepthRecord]:

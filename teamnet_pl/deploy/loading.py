@@ -1,36 +1,58 @@
-"""What a checkpoint says of the data that its team was trained on."""
+"""A Teammate of a checkpoint on its device, and what its images need."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+import torch
 
-from teamnet_pl.checkpoints import CONFIG_KEY
-from teamnet_pl.data import ImageDataModule
+from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.deploy.checkpointed import checkpointed_data
+from teamnet_pl.deploy.hub import Teammate
+from teamnet_pl.deploy.images import Preprocessing
 
 
-def checkpointed_data(checkpoint: dict[str, Any]) -> ImageDataModule | None:
-    """Makes the data module that a checkpoint was trained on; no data is read yet.
+def load_teammate(
+    path: str | Path, teammate: str = "a", device: str | torch.device = "cpu"
+) -> Teammate:
+    """Loads one Teammate of a team.
 
     Args:
-        checkpoint: As `load_checkpoint` returns it.
+        path: The checkpoint.
+        teammate: ``a`` or ``b``.
+        device: Where to put it.
 
     Returns:
-        The data module, or None where the checkpoint does not say.
+        The net, in evaluation mode.
 
     Raises:
-        ValueError: If it says something that there is not.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a team, the team has no such Teammate, or there is
+            no such device.
     """
-    if CONFIG_KEY not in checkpoint:
-        return None
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ImageDataModule, "data")
+    net = Teammate.from_checkpoint(path, teammate)
     try:
-        made = parser.instantiate(parser.parse_object({"data": config["data"]}))
-    except ArgumentError as error:
-        raise ValueError(f"The data that the checkpoint names cannot be made: {error}") from error
-    data: ImageDataModule = made["data"]
-    return data
+        return net.to(device)
+    except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
+        raise ValueError(f"The net cannot be put on {device}: {error}") from error
+
+
+def load_preprocessing(path: str | Path) -> Preprocessing:
+    """Makes the preprocessing of the images that a team was trained on.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not say what data it was trained on, or that cannot be made.
+    """
+    hint = "Make a Predictor with a Preprocessing of your own."
+    checkpoint = load_checkpoint(path, map_location="meta")
+    try:
+        data = checkpointed_data(checkpoint)
+    except Exception as error:  # whatever a data module of the user's own stumbles over
+        raise ValueError(f"The data that {path} names cannot be made: {error}. {hint}") from error
+    if data is None:
+        raise ValueError(f"{path} does not say what data the team was trained on. {hint}")
+    return Preprocessing(data.input_shape, data.mean, data.std, data.eval_transform())

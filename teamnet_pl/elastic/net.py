@@ -264,6 +264,29 @@ class ElasticNet(nn.Module):
             logits: Tensor = self.backbone(images)
         return logits.view(len(self.depths), len(images), logits.shape[-1])
 
+    def view(self, depth: DepthLike) -> ElasticNet:
+        """This net at one depth for good, with the very same weights.
+
+        `at` changes what the net itself runs, for everyone who uses it. Views of several depths run
+        side by side, in several threads too.
+
+        Args:
+            depth: One of `depths`, its name or its number of blocks.
+
+        Returns:
+            A net whose parameters and buffers are this net's own tensors. Move this net to its
+            device before: moving one of them later would leave the others' buffers behind.
+
+        Raises:
+            ValueError: If the net has no such depth.
+        """
+        index = self._index(depth)
+        self._install()
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        view = copy.deepcopy(self, shared)
+        view._selection.depth = index
+        return view
+
     def extract(self, depth: DepthLike) -> nn.Module:
         """Copies one depth out as a plain net.
 

@@ -203,7 +203,7 @@ def test_checkpoint_that_does_not_name_its_data(tiny, tmp_path):
     trainer.save_checkpoint(tmp_path / "team.ckpt")
     found = Teammate.from_checkpoint(tmp_path / "team.ckpt")
     assert (found.mean, found.accuracy, found.split) == (None, {}, None)
-    with pytest.raises(ValueError, match="has the Teammates a, no b"):
+    with pytest.raises(ValueError, match="has the Teammates a; found b"):
         Teammate.from_checkpoint(tmp_path / "team.ckpt", "b")
 
 

@@ -1,0 +1,238 @@
+"""A server that gets more requests than its deepest depth can answer.
+
+`teamnet serve` runs twice in turn, with all depths and with the deepest alone, on one thread. The
+rate that the deepest alone keeps up with is measured first; then requests come at one, two and four
+times that rate, at random moments, whether or not earlier ones are answered. Client and server
+share the machine, over its loopback. Example::
+
+    python benchmarks/load.py --out benchmarks/results/load.json --picture docs/load.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from results_file import save_results
+
+from teamnet_pl.deploy.loading import load_teammate
+
+METHODS = {"budget": "all depths", "fixed": "the deepest depth alone"}
+
+
+def teamnet(*words: Any) -> list[str]:
+    """A command of the package."""
+    return [sys.executable, "-m", "teamnet_pl", *map(str, words)]
+
+
+def train(args: argparse.Namespace, folder: Path) -> Path:
+    """A checkpoint of a net that has seen one batch: only its times matter here."""
+    words = ["--data", "Digits", "--data.init_args.image_size", args.size]
+    words += ["--data.init_args.batch_size", 8, "--model.a.name", args.backbone]
+    words += ["--model.a.depths", args.depths, "--model.leader", "null", "--model.b", "null"]
+    for limit in ("max_epochs", "limit_train_batches", "limit_val_batches"):
+        words += [f"--trainer.{limit}", 1]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    subprocess.run(teamnet("fit", *words), cwd=folder, check=True, capture_output=True)
+    return folder / "logs/version_0/checkpoints/best.ckpt"
+
+
+@contextmanager
+def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Iterator[str]:
+    """A server process; yields its address."""
+    words = ["--ckpt_path", checkpoint, "--depths", json.dumps(depths), "--port", 0]
+    words += ["--budget_ms", args.budget_ms, "--max_batch_size", args.batch_size]
+    log = checkpoint.parent / "log"
+    with open(log, "w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(teamnet("serve", *words), stderr=file, env=environment)
+    try:
+        for _ in range(1200):
+            if found := re.search(r"running on (\S+)", log.read_text()):
+                break
+            time.sleep(0.1)
+        else:
+            sys.exit(f"The server did not start: {log.read_text()}")
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def png(size: int) -> bytes:
+    """An image file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class Client:
+    """Sends requests and keeps what became of each: status, latency in ms, depth."""
+
+    def __init__(self, address: str, image: bytes) -> None:
+        self.address = address
+        self.image = image
+        self.done: list[tuple[int | str, float, str]] = []
+
+    async def send(self, client: httpx2.AsyncClient) -> None:
+        begin = time.perf_counter()
+        try:
+            answer = await client.post(f"{self.address}/predict", content=self.image)
+            status: int | str = answer.status_code
+            depth = answer.json().get("depth", "")
+        except httpx2.HTTPError as error:
+            status, depth = type(error).__name__, ""  # lost
+        self.done.append((status, 1000 * (time.perf_counter() - begin), depth))
+
+    async def without_pause(self, seconds: float, workers: int) -> float:
+        """As many requests as are answered, some at once; returns how many each second."""
+        async with self._connections() as client:
+            until = time.perf_counter() + seconds
+
+            async def work() -> None:
+                while time.perf_counter() < until:
+                    await self.send(client)
+
+            begin = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(workers)))
+            answered = sum(status == 200 for status, _, _ in self.done)
+            return answered / (time.perf_counter() - begin)
+
+    async def at_rate(self, rate: float, seconds: float) -> float:
+        """Requests at random moments; returns the seconds until the last is answered."""
+        moments = random.Random(0)
+        async with self._connections() as client:
+            begin = due = time.perf_counter()
+            tasks = []
+            while (due := due + moments.expovariate(rate)) < begin + seconds:
+                await asyncio.sleep(max(0, due - time.perf_counter()))
+                tasks.append(asyncio.create_task(self.send(client)))
+            await asyncio.gather(*tasks)
+            return time.perf_counter() - begin
+
+    def _connections(self) -> httpx2.AsyncClient:
+        # The server closes connections that have nothing to do after five seconds.
+        limits = httpx2.Limits(
+            max_connections=400, max_keepalive_connections=400, keepalive_expiry=2
+        )
+        return httpx2.AsyncClient(limits=limits, timeout=60)
+
+
+def requests_by_status(address: str) -> dict[str, int]:
+    """What the server itself has counted."""
+    text = httpx2.get(f"{address}/metrics").text
+    found = re.findall(r'^teamnet_requests_total{status="(\d+)"} (\S+)', text, re.MULTILINE)
+    return {status: int(float(count)) for status, count in found}
+
+
+def measure(args: argparse.Namespace, address: str, multiple: float, rate: float) -> dict[str, Any]:
+    """A row of the table."""
+    before = Counter(requests_by_status(address))
+    client = Client(address, png(args.size))
+    seconds = asyncio.run(client.at_rate(multiple * rate, args.seconds))
+    counted = Counter(requests_by_status(address)) - before
+    answered = [ms for status, ms, _ in client.done if status == 200]
+    by_status = Counter(str(status) for status, _, _ in client.done)
+    depths = Counter(depth for status, _, depth in client.done if status == 200)
+    lost = sum(n for status, n in by_status.items() if status not in ("200", "503"))
+    if not lost and counted != by_status:
+        sys.exit(f"The server counts {dict(counted)}, the client {dict(by_status)}.")
+    return {
+        "multiple": multiple,
+        "sent": len(client.done),
+        "sent_per_second": len(client.done) / seconds,
+        "answered_per_second": len(answered) / seconds,
+        "in_time_per_second": sum(ms <= args.budget_ms for ms in answered) / seconds,
+        "refused": by_status["503"] / len(client.done),
+        "lost": lost,
+        "by_status": dict(by_status),
+        "p50_ms": float(np.percentile(answered, 50)) if answered else None,
+        "p99_ms": float(np.percentile(answered, 99)) if answered else None,
+        "depths": {depth: count / len(answered) for depth, count in depths.items()},
+    }
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Answers in time each second, and their latency, by the rate of requests."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    answers, latency = figure.subplots(1, 2)
+    for method, color in (("fixed", "tab:red"), ("budget", "tab:blue")):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        rates = [row["sent_per_second"] for row in rows]
+        label = METHODS[method]
+        answers.plot(rates, [r["in_time_per_second"] for r in rows], "o-", color=color, label=label)
+        latency.plot(rates, [r["p99_ms"] for r in rows], "o-", color=color, label=label)
+    answers.axline((0, 0), slope=1, color="0.7", lw=1, ls=":", label="all requests")
+    answers.set_ylabel("answers in time per second")
+    latency.axhline(result["settings"]["budget_ms"], color="black", lw=1, ls="--")
+    latency.set_ylabel("99th percentile of answers' latency, ms")
+    for axes in (answers, latency):
+        axes.set_xlabel("requests per second")
+        axes.set_xlim(0)
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+    answers.legend()
+    return figure
+
+
+def main() -> None:
+    """Measures both servers and writes what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="torchvision/resnet50")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--depths", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--budget-ms", type=float, default=500)
+    parser.add_argument("--multiples", type=float, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--seconds", type=float, default=20, help="of each rate")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--picture")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = train(args, Path(folder))
+        depths = [depth.name for depth in load_teammate(checkpoint).depths]
+        choices = {"fixed": depths[:1], "budget": depths}
+        for method, own in choices.items():
+            with server(args, checkpoint, own) as address:
+                client = Client(address, png(args.size))
+                if method == "fixed":
+                    asyncio.run(client.without_pause(args.seconds / 4, args.batch_size))  # warms up
+                    client.done.clear()
+                    rate = asyncio.run(client.without_pause(args.seconds / 2, args.batch_size))
+                for multiple in args.multiples:
+                    row = measure(args, address, multiple, rate)
+                    rows.append({"method": method, "capacity_per_second": rate, **row})
+                    print(
+                        f"{method:6} {multiple:g}x: {row['sent_per_second']:.0f} requests/s, "
+                        f"{row['in_time_per_second']:.0f} answered in time, "
+                        f"{row['refused']:.0%} refused, {row['lost']} lost, "
+                        f"p99 {row['p99_ms']:.0f} ms, {row['depths']}",
+                        flush=True,
+                    )
+    save_results(args, rows, f"{os.cpu_count()} CPU cores")
+    if args.picture:
+        draw(json.loads(Path(args.out).read_text())).savefig(args.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

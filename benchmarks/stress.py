@@ -1,0 +1,190 @@
+"""One net on one core while another process takes half of it: a budget against a fixed depth.
+
+Requests follow each other without a pause. In the second third of the time a process that does
+nothing but count runs on the same core. The same is measured once with a budget for each request,
+and once at the deepest depth. Linux only. Example::
+
+    python benchmarks/stress.py --out benchmarks/results/stress.json --picture docs/stress.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from results_file import save_results
+
+from teamnet_pl.backbones import BackboneConfig, create_backbone
+from teamnet_pl.deploy import Predictor, Preprocessing
+from teamnet_pl.elastic import ElasticNet
+
+PHASES = ("before", "load", "after")
+
+
+def make_predictor(args: argparse.Namespace) -> tuple[Predictor, dict[str, float]]:
+    """The net, and what it took to have its depths side by side."""
+    torch.manual_seed(0)
+    backbone = create_backbone(BackboneConfig(args.backbone), num_classes=10, in_channels=3)
+    shape = (3, args.size, args.size)
+    net = ElasticNet(backbone, shape, depths=args.depths).eval()
+    begin, memory = time.perf_counter(), resident()
+    views = [net.view(depth) for depth in net.depths]
+    price = {
+        "views": len(views),
+        "views_ms": 1000 * (time.perf_counter() - begin),
+        "views_bytes": resident() - memory,
+    }
+    return Predictor(net, Preprocessing(shape, [0.5] * 3, [0.25] * 3)), price
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def choice_us(predictor: Predictor, repeats: int = 10_000) -> float:
+    """Microseconds that choosing another depth takes, without running it."""
+    budgets = [predictor.controller.estimate_ms(depth) * 1.2 for depth in predictor.depths]
+    begin = time.perf_counter()
+    for i in range(repeats):
+        predictor._views[predictor.controller.choose(budgets[i % len(budgets)])]
+    return 1e6 * (time.perf_counter() - begin) / repeats
+
+
+class Other:
+    """A process that takes what it gets of a core."""
+
+    def __init__(self, core: int) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        os.sched_setaffinity(self.process.pid, {core})
+
+    def seconds(self) -> float:
+        """Time that it has been running on the core."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e9
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def run(args: argparse.Namespace, predictor: Predictor, **budget: Any) -> list[dict[str, Any]]:
+    """Three phases of requests; a row for each phase."""
+    image = np.random.default_rng(0).integers(0, 256, (args.size, args.size, 3), dtype=np.uint8)
+    rows = []
+    origin = time.perf_counter()
+    for phase in PHASES:
+        other = Other(args.core) if phase == "load" else None
+        begin = time.perf_counter()
+        at, depths, latency = [], [], []
+        while time.perf_counter() - begin < args.seconds:
+            found = predictor.predict(image, **budget)
+            at.append(round(time.perf_counter() - origin, 4))
+            depths.append(found.depth)
+            latency.append(round(found.latency_ms, 3))
+        taken = other.seconds() / (time.perf_counter() - begin) if other else 0.0
+        if other:
+            other.stop()
+        rows.append(
+            {
+                "phase": phase,
+                "share_of_other": taken,
+                "requests": len(at),
+                "median_ms": float(np.median(latency)),
+                "p95_ms": float(np.percentile(latency, 95)),
+                "misses": float(np.mean(np.array(latency) > args.budget_ms)),
+                "switches": sum(a != b for a, b in pairwise(depths)),
+                "depths": {d: depths.count(d) / len(depths) for d in predictor.depths},
+                "trace": {"at": at, "depth": depths, "latency_ms": latency},
+            }
+        )
+    return rows
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Load, depth and latency over time."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    load, depth, latency = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 3])
+    names = list(result["rows"][0]["depths"])[::-1]
+    budget = result["settings"]["budget_ms"]
+    for method, color in (("fixed", "tab:red"), ("budget", "tab:blue")):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        traces = [row["trace"] for row in rows]
+        at = [t for trace in traces for t in trace["at"]]
+        label = (
+            f"with a budget of {budget:.0f} ms" if method == "budget" else "at the deepest depth"
+        )
+        depth.step(
+            at, [names.index(d) for t in traces for d in t["depth"]], where="post", color=color
+        )
+        points = [ms for t in traces for ms in t["latency_ms"]]
+        latency.plot(at, points, ".", ms=2.5, color=color, label=label, alpha=0.6)
+        if method == "budget":
+            for row in rows:
+                ends = [row["trace"]["at"][0], row["trace"]["at"][-1]]
+                load.fill_between(ends, 100 * row["share_of_other"], color="0.7")
+    latency.axhline(budget, color="black", lw=1, ls="--")
+    load.set_ylabel("core taken, %")
+    load.set_ylim(0, 100)
+    depth.set_ylabel("depth")
+    depth.set_yticks(range(len(names)), names)
+    latency.set_ylabel("latency, ms")
+    latency.set_xlabel("seconds")
+    latency.set_ylim(0)
+    latency.legend(loc="upper left", markerscale=4)
+    for axes in (load, depth, latency):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Measures both and writes what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="torchvision/resnet50")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--depths", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20, help="of each phase")
+    parser.add_argument("--slack", type=float, default=1.4, help="budget, as a multiple of the 95th percentile of the deepest depth alone")  # fmt: skip # noqa: E501
+    parser.add_argument("--budget-ms", type=float, help="instead of --slack")
+    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--picture")
+    args = parser.parse_args()
+    os.sched_setaffinity(0, {args.core})
+    torch.set_num_threads(1)
+    predictor, price = make_predictor(args)
+    if args.budget_ms is None:
+        args.budget_ms = args.slack * predictor.controller.estimate_ms(predictor.depths[0])
+    price["choice_us"] = choice_us(predictor)
+    budgets: dict[str, dict[str, Any]] = {
+        "budget": {"budget_ms": args.budget_ms},
+        "fixed": {"depth": predictor.depths[0]},
+    }
+    rows = [
+        {"method": method, **row, **price}
+        for method, budget in budgets.items()
+        for row in run(args, predictor, **budget)
+    ]
+    for row in rows:
+        print(
+            f"{row['method']:7} {row['phase']:7} p95 {row['p95_ms']:.1f} ms of "
+            f"{args.budget_ms:.1f} ms, missed {row['misses']:.1%}, {row['switches']} switches, "
+            f"{', '.join(f'{d} {share:.0%}' for d, share in row['depths'].items() if share)}"
+        )
+    save_results(args, rows, "1 CPU thread")
+    if args.picture:
+        draw(json.loads(Path(args.out).read_text())).savefig(args.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

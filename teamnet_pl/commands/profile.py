@@ -1,0 +1,60 @@
+"""``teamnet profile``: what each depth takes on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from teamnet_pl.callbacks.depth_report import Row
+from teamnet_pl.deploy.loading import load_teammate
+from teamnet_pl.deploy.profile import (
+    draw_profile,
+    profile_depths,
+    profile_table,
+    with_accuracies,
+)
+
+
+def profile_teammate(
+    ckpt_path: str,
+    teammate: str = "a",
+    device: str = "cpu",
+    batch_sizes: list[int] = [1, 8],  # noqa: B006 (never changed; None would hide it in the help)
+    runs: int = 50,
+) -> None:
+    """Measures latency and memory of each depth of a Teammate on this machine.
+
+    Prints a table, and saves ``profile_<teammate>_<device>.json`` beside the checkpoint. With the
+    accuracies of ``per_depth.json`` there, it also draws accuracy against latency. On the
+    processor, ``OMP_NUM_THREADS`` sets the number of threads, as for all of torch.
+
+    Args:
+        ckpt_path: The checkpoint.
+        teammate: ``a`` or ``b``.
+        device: Where to run it, such as ``cuda``.
+        batch_sizes: Numbers of images at once.
+        runs: How often each depth and batch size is timed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a team or has no such Teammate, there is no such
+            device, a number is not positive, or ``per_depth.json`` is of another net.
+    """
+    net = load_teammate(ckpt_path, teammate, device)
+    views = {depth.name: net.view(depth) for depth in net.depths}
+    measured = profile_depths(net, views, batch_sizes, runs)
+    folder = Path(ckpt_path).parent
+    name = f"profile_{teammate}_{measured.device}"
+    evaluated = folder / "per_depth.json"
+    if evaluated.is_file():
+        rows = [Row(**row) for row in json.loads(evaluated.read_text())]
+        measured = with_accuracies(measured, rows, teammate)
+        draw_profile(measured).savefig(folder / f"{name}.png", dpi=150)
+    measured.save(folder / f"{name}.json")
+    console = Console()
+    console.print(profile_table(measured))
+    console.print(f"Saved as {folder / name}.json", soft_wrap=True)
+    if measured.split is None:
+        console.print("Without accuracies: `teamnet test --ckpt_path` leaves them there.")

@@ -1,0 +1,70 @@
+"""``teamnet serve``: predictions over HTTP."""
+
+from __future__ import annotations
+
+from teamnet_pl.deploy import Predictor
+from teamnet_pl.deploy.images import MAX_PIXELS
+
+
+def serve_teammate(
+    ckpt_path: str,
+    teammate: str = "a",
+    device: str = "cpu",
+    profile: str | None = None,
+    depths: list[str] | None = None,
+    budget_ms: float = 100,
+    max_batch_size: int = 8,
+    max_body_bytes: int = 2**22,
+    max_pixels: int = MAX_PIXELS,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Serves a Teammate's predictions over HTTP, each within a budget of time.
+
+    ``POST /predict`` takes an image file as its body, and ``budget_ms``, ``depth`` or ``macs`` as
+    parameters. ``GET /health`` and ``GET /metrics`` (Prometheus) tell how the server is.
+
+    Args:
+        ckpt_path: The checkpoint.
+        teammate: ``a`` or ``b``.
+        device: Where to run it, such as ``cuda``.
+        profile: File that ``teamnet profile`` wrote; by default a few runs at the start tell.
+        depths: Names of the depths to choose from; by default all.
+        budget_ms: Budget of requests that name none, in milliseconds.
+        max_batch_size: Images at once.
+        max_body_bytes: Size of an image file that is accepted.
+        max_pixels: Size of an image that is accepted.
+        host: Address to listen at; 0.0.0.0 for all.
+        port: Port to listen at; 0 for a free one.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint of a team or has no such Teammate or depth, there is no
+            such device, the profile is of another net, a number is not positive, or what a server
+            needs is not installed.
+    """
+    try:
+        import uvicorn
+
+        from teamnet_pl.deploy.server import Server
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"A server needs {error.name}, which is not installed: pip install 'teamnet_pl[serve]'"
+        ) from error
+    predictor = Predictor.from_checkpoint(
+        ckpt_path,
+        teammate,
+        device=device,
+        profile=profile,
+        depths=depths,
+        batch_sizes=(1, max_batch_size),
+    )
+    server = Server(
+        predictor,
+        budget_ms=budget_ms,
+        max_batch_size=max_batch_size,
+        max_body_bytes=max_body_bytes,
+        max_pixels=max_pixels,
+    )
+    # Of those that are connected at once, each may have a body in memory.
+    uvicorn.run(server.app(), host=host, port=port, access_log=False, limit_concurrency=512)

@@ -1,0 +1,247 @@
+"""Predictions over HTTP, where depth gives way before a request is refused.
+
+Starlette, not a server of models such as LitServe: theirs hand workers batches that are formed
+already, and the depth depends on what else waits and until when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from torch import Tensor
+
+from teamnet_pl.deploy.batcher import Answer, Batcher, OverloadedError
+from teamnet_pl.deploy.images import MAX_PIXELS, open_image
+from teamnet_pl.deploy.predictor import Predictor, check_budget
+
+Number = TypeVar("Number", int, float)
+
+READ_SECONDS = 10
+"""Seconds in which a request's body has to come."""
+LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+"""Buckets of the latency histogram, in seconds."""
+
+
+class Metrics:
+    """What Prometheus is told of a server.
+
+    Args:
+        predictor: The net.
+        batcher: Who waits for it.
+    """
+
+    def __init__(self, predictor: Predictor, batcher: Batcher) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "teamnet_requests",
+            "Requests by the status of the answer.",
+            ["status"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "teamnet_latency_seconds",
+            "From a request's last byte to its answer, by depth.",
+            ["depth"],
+            buckets=LATENCIES,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "teamnet_batch_size",
+            "Images at once, for each image.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=registry,
+        )
+        waiting = Gauge("teamnet_waiting", "Requests that wait.", registry=registry)
+        waiting.set_function(lambda: batcher.waiting)
+        load = Gauge(
+            "teamnet_load", "How many times as slow as profiled runs are.", registry=registry
+        )
+        load.set_function(lambda: predictor.controller.load)
+
+    def answered(self, answer: Answer, seconds: float) -> None:
+        """Counts an answer."""
+        self.seconds.labels(answer.depth).observe(seconds)
+        self.batch_size.observe(answer.batch_size)
+
+
+class Server:
+    """The endpoints.
+
+    Args:
+        predictor: The net.
+        budget_ms: Budget of requests that name none, in milliseconds.
+        max_batch_size: Images at once.
+        max_body_bytes: Size of an image file that is accepted.
+        max_pixels: Size of an image that is accepted.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        budget_ms: float = 100,
+        max_batch_size: int = 8,
+        max_body_bytes: int = 2**22,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        check_budget(budget_ms)
+        for name, value in {"max_body_bytes": max_body_bytes, "max_pixels": max_pixels}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
+        self.predictor = predictor
+        self.budget_ms = budget_ms
+        self.max_body_bytes = max_body_bytes
+        self.max_pixels = max_pixels
+        self.batcher = Batcher(predictor, max_batch_size)
+        self.metrics = Metrics(predictor, self.batcher)
+        # Decoding more images at once than there are cores takes memory and saves no time.
+        self._decoding = asyncio.Semaphore(os.cpu_count() or 1)
+
+    def app(self) -> Starlette:
+        """The application, for any ASGI server."""
+        return Starlette(
+            routes=[
+                Route("/predict", self.predict, methods=["POST"]),
+                Route("/health", self.health),
+                Route("/metrics", self.show_metrics),
+            ],
+            exception_handlers={HTTPException: _refuse, Exception: _fail},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._running = asyncio.create_task(self.batcher.run())
+        yield
+        self._running.cancel()
+
+    async def predict(self, request: Request) -> Response:
+        """Predicts the class of the image in the body."""
+        try:
+            response = await self._predict(request)
+        except OverloadedError as error:
+            self.metrics.requests.labels(503).inc()
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+        except HTTPException as error:
+            self.metrics.requests.labels(error.status_code).inc()
+            raise
+        except Exception:
+            self.metrics.requests.labels(500).inc()
+            raise
+        self.metrics.requests.labels(200).inc()
+        return response
+
+    async def _predict(self, request: Request) -> Response:
+        try:
+            budget_ms, depth = self._budget(request.query_params)
+            body = await self._body(request)
+            arrived = time.monotonic()
+            self.batcher.admit(arrived, budget_ms, depth)  # or it would be decoded for nothing
+            async with self._decoding:
+                image = await asyncio.to_thread(self._image, body)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        answer = await self.batcher.predict(image, arrived, budget_ms, depth)
+        seconds = time.monotonic() - arrived
+        self.metrics.answered(answer, seconds)
+        return JSONResponse(
+            {
+                "label": int(answer.probabilities.argmax()),
+                "probabilities": answer.probabilities.tolist(),
+                "depth": answer.depth,
+                "batch_size": answer.batch_size,
+                "waited_ms": answer.waited_ms,
+                "latency_ms": 1000 * seconds,
+            }
+        )
+
+    def _budget(self, query: QueryParams) -> tuple[float, str | None]:
+        """The budget of time, and the depth if the request leaves no choice."""
+        known = ("budget_ms", "macs", "depth")
+        if unknown := set(query) - set(known):
+            raise ValueError(
+                f"There are the parameters {', '.join(known)}; found {', '.join(unknown)}."
+            )
+        budget_ms = _number(query, "budget_ms", float)
+        if budget_ms is None:
+            budget_ms = self.budget_ms
+        check_budget(budget_ms)
+        macs = _number(query, "macs", int)
+        if macs is not None and "depth" in query:
+            raise ValueError("Pass one of macs and depth, found both.")
+        return budget_ms, self.predictor.depth_for(macs, query.get("depth"))
+
+    async def _body(self, request: Request) -> bytes:
+        """Reads the body, but keeps no more of it than is allowed."""
+        try:
+            body, size = await asyncio.wait_for(self._read(request), READ_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise HTTPException(408, f"The body did not come in {READ_SECONDS} s.") from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The body ends too early.") from error
+        # Not before all of it is read: an answer would be lost on a client that still sends.
+        if size > self.max_body_bytes:
+            message = f"The body has {size:,} bytes, {self.max_body_bytes:,} are allowed."
+            raise HTTPException(413, message)
+        return body
+
+    async def _read(self, request: Request) -> tuple[bytes, int]:
+        body, size = bytearray(), 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= self.max_body_bytes:
+                body += chunk
+        return bytes(body), size
+
+    def _image(self, body: bytes) -> Tensor:
+        return self.predictor.preprocessing(open_image(body, self.max_pixels))[0]
+
+    async def health(self, request: Request) -> Response:
+        """Says whether requests are answered, and what the server can do."""
+        failed = self._running.done()
+        return JSONResponse(
+            {
+                "status": "failed" if failed else "ok",
+                "depths": self.predictor.macs,
+                "input_shape": self.predictor.preprocessing.input_shape,
+                "budget_ms": self.budget_ms,
+            },
+            503 if failed else 200,
+        )
+
+    async def show_metrics(self, request: Request) -> Response:
+        """Shows the metrics in the format of Prometheus."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _number(query: QueryParams, name: str, kind: type[Number]) -> Number | None:
+    text = query.get(name)
+    try:
+        return None if text is None else kind(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number ({kind.__name__}), found {text!r}.") from error
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "The server failed; its log says how."}, 500)

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from teamnet_pl.cli import main
+from teamnet_pl.deploy import Profile
+
+
+def test_command(checkpoint, capsys):
+    words = ["--ckpt_path", str(checkpoint), "--teammate", "b", "--batch_sizes", "[1,2]"]
+    main(["profile", *words, "--runs", "2"])
+    printed = capsys.readouterr().out
+    assert "Saved as" in printed
+    assert all(f" {depth} " in printed for depth in ("d7", "d5", "d2"))
+    profile = Profile.load(checkpoint.parent / "profile_b_cpu.json")
+    assert profile.depths == ["d7", "d5", "d2"]
+    assert [(row.batch_size, row.depth) for row in profile.rows[2:4]] == [(1, "d2"), (2, "d7")]
+    evaluated = json.loads((checkpoint.parent / "per_depth.json").read_text())
+    accuracies = {own["depth"]: own["accuracy"] for own in evaluated if own["net"] == "b"}
+    assert {own.depth: own.accuracy for own in profile.rows} == accuracies
+    assert profile.split == "test"
+    assert (checkpoint.parent / "profile_b_cpu.png").stat().st_size > 10_000
+
+
+def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes(checkpoint.read_bytes())
+    main(["profile", "--ckpt_path", str(alone), "--batch_sizes", "[1]", "--runs", "1"])
+    assert "teamnet test --ckpt_path" in " ".join(capsys.readouterr().out.split())
+    assert Profile.load(tmp_path / "profile_a_cpu.json").split is None
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teammate", "c"], "has the Teammates a, b; found c"),
+        (["--device", "gpu"], "cannot be put on gpu"),
+        (["--batch_sizes", "[]"], "batch_sizes must be 1 or more each, found []"),
+        (["--batch_sizes", "[0]"], "batch_sizes must be 1 or more each, found [0]"),
+        (["--runs", "0"], "runs must be at least 1, found 0"),
+        (["--ckpt_path", "nothing.ckpt"], "There is no file nothing.ckpt"),
+    ],
+)
+def test_what_the_user_got_wrong_is_said(checkpoint, words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["profile", "--ckpt_path", str(checkpoint), *words])
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error

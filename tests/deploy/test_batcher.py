@@ -1,0 +1,243 @@
+"""Who runs with whom, how deep, and who is refused; on a machine that is made up."""
+
+import asyncio
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teamnet_pl.deploy.batcher import Batcher, OverloadedError
+from teamnet_pl.deploy.controller import DepthController
+
+MILLISECONDS = {"d7": 10.0, "d2": 4.0, "d0": 2.0}
+
+
+class Machine:
+    """Stands in for a Predictor; a batch takes its time on the machine's own clock.
+
+    An image holds the number of its request; so do the answers.
+    """
+
+    def __init__(self, load=1.0):
+        self.now = 0.0
+        self.load = load
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.controller = DepthController(
+            list(MILLISECONDS), self.expected_ms, headroom=0, clock=lambda: self.now
+        )
+        self.controller.observe("d0", 1, 2.0)
+
+    @staticmethod
+    def expected_ms(depth, batch_size):
+        return MILLISECONDS[depth] * batch_size
+
+    def run(self, images, depth):
+        assert self.gate.wait(30)
+        numbers = [int(image) for image in images.flatten()]
+        if 666 in numbers:
+            raise RuntimeError("out of memory")
+        self.batches.append((depth, numbers))
+        taken_ms = self.load * self.expected_ms(depth, len(images))
+        self.now += taken_ms / 1000
+        self.controller.observe(depth, len(images), taken_ms)
+        return images.view(-1, 1)
+
+
+def serve(machine, requests, max_batch_size=4):
+    """Sends requests (number, budget in ms, depth) while a first one runs, and gathers answers.
+
+    The first one is number 0, at depth d0.
+    """
+
+    async def main():
+        batcher = Batcher(machine, max_batch_size, clock=lambda: machine.now)
+        running = asyncio.create_task(batcher.run())
+        machine.gate.clear()
+
+        async def send(number, budget_ms, depth=None):
+            image = torch.full((1,), number)
+            return await batcher.predict(image, machine.now, budget_ms, depth)
+
+        tasks = [asyncio.create_task(send(0, 1e6, "d0"))]
+        while batcher._done_at is None:
+            await asyncio.sleep(0)
+        tasks += [asyncio.create_task(send(*request)) for request in requests]
+        await asyncio.sleep(0)
+        refused = sum(task.done() for task in tasks)
+        assert batcher.waiting == len(requests) - refused
+        machine.gate.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        running.cancel()
+        return answers[1:]
+
+    return asyncio.run(main())
+
+
+def test_those_who_wait_run_together():
+    machine = Machine()
+    answers = serve(machine, [(i, 1000) for i in range(1, 7)])
+    assert [numbers for _, numbers in machine.batches] == [[0], [1, 2, 3, 4], [5, 6]]
+    assert [int(answer.probabilities) for answer in answers] == [1, 2, 3, 4, 5, 6]
+    assert [answer.batch_size for answer in answers] == [4] * 4 + [2] * 2
+    assert [answer.waited_ms for answer in answers] == pytest.approx([2] * 4 + [42] * 2)
+
+
+def test_the_earliest_deadline_first():
+    machine = Machine()
+    serve(machine, [(1, 900), (2, 800), (3, 700)], max_batch_size=1)
+    assert [numbers for _, numbers in machine.batches] == [[0], [3], [2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("budget", "depth"), [(200, "d7"), (83, "d7"), (81, "d2"), (35, "d2"), (33, "d0"), (19, "d0")]
+)
+def test_as_deep_as_all_that_wait_allow(budget, depth):
+    """8 requests are 2 batches: 2 ms for the one that runs, then 80, 32 or 16."""
+    machine = Machine()
+    answers = serve(machine, [(i, budget) for i in range(1, 9)])
+    assert machine.batches[1][0] == depth
+    assert {len(numbers) for _, numbers in machine.batches[1:]} == {4}
+    assert not any(isinstance(answer, Exception) for answer in answers)
+    assert machine.now * 1000 <= budget
+
+
+@pytest.mark.parametrize(("budget", "depth"), [(51, "d2"), (49, "d0")])
+def test_only_one_batch_of_several_is_planned_to_be_slow(budget, depth):
+    """Two of 20 runs took twice as long: d2's 16 ms are 32 at worst, and 16 in the other batch."""
+    machine = Machine()
+    for slow in [False] * 18 + [True] * 2:
+        machine.controller.observe("d0", 1, 2.0 + 2.0 * slow)
+    assert machine.controller.load == pytest.approx(2)
+    serve(machine, [(i, budget) for i in range(1, 9)])
+    assert machine.batches[1][0] == depth
+
+
+def test_refused_when_not_even_the_shallowest_is_in_time():
+    machine = Machine()
+    answers = serve(machine, [(i, 19) for i in range(1, 20)])
+    done = [answer for answer in answers if not isinstance(answer, Exception)]
+    assert len(done) == 8
+    assert {answer.depth for answer in done} == {"d0"}
+    refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
+    assert len(refused) == 11
+    assert "8 requests wait: even at depth d0, 8.0 ms for 4" in str(refused[0])
+
+
+@pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
+def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
+    """It is no longer among those that wait; one that never could be in time tells nothing."""
+    machine = Machine()
+    refused = serve(machine, [*((i, 1000) for i in range(1, 7)), (9, budget)])[-1]
+    assert isinstance(refused, OverloadedError)
+    assert [own for own, _ in machine.batches[1:]] == [depth, "d7"]
+
+
+def test_one_that_would_delay_others_too_much_is_refused():
+    machine = Machine()
+    # 19 ms are enough for two batches of 8 ms at the shallowest, and no third one.
+    relaxed = [(i, 19) for i in range(1, 9)]
+    answers = serve(machine, [*relaxed, (9, 11)])
+    assert isinstance(answers[-1], OverloadedError)
+    assert not any(isinstance(answer, Exception) for answer in answers[:-1])
+
+
+def test_alone_it_is_never_refused():
+    machine = Machine()
+
+    async def main():
+        batcher = Batcher(machine, clock=lambda: machine.now)
+        running = asyncio.create_task(batcher.run())
+        answers = [await batcher.predict(torch.ones(1), 0, budget_ms=0.001) for _ in range(2)]
+        running.cancel()
+        return answers
+
+    assert [answer.depth for answer in asyncio.run(main())] == ["d0", "d0"]
+
+
+def test_a_depth_of_ones_own():
+    machine = Machine()
+    requests = [(1, 500, "d7"), (2, 600), (3, 700, "d7"), (4, 15)]
+    serve(machine, requests)
+    # The ones without, together, as deep as the tightest of them allows; then those of d7.
+    assert machine.batches[1:] == [("d2", [4, 2]), ("d7", [1, 3])]
+
+
+def test_a_depth_of_ones_own_is_no_reason_to_be_late():
+    machine = Machine()
+    (answer,) = serve(machine, [(1, 11, "d7")])
+    assert isinstance(answer, OverloadedError)
+
+
+def test_a_batch_that_fails_fails_alone():
+    machine = Machine()
+    answers = serve(machine, [(666, 100), (2, 900)], max_batch_size=1)
+    assert isinstance(answers[0], RuntimeError)
+    assert int(answers[1].probabilities) == 2
+
+
+def test_a_client_that_goes_takes_nobody_along():
+    machine = Machine()
+
+    async def main():
+        batcher = Batcher(machine, 4, clock=lambda: machine.now)
+        running = asyncio.create_task(batcher.run())
+        machine.gate.clear()
+        sent = [
+            asyncio.create_task(batcher.predict(torch.full((1,), i), 0, 1000)) for i in range(3)
+        ]
+        await asyncio.sleep(0)
+        sent[1].cancel()
+        machine.gate.set()
+        answers = await asyncio.gather(*sent, return_exceptions=True)
+        running.cancel()
+        return answers
+
+    first, gone, last = asyncio.run(main())
+    assert (int(first.probabilities), int(last.probabilities)) == (0, 2)
+    assert isinstance(gone, asyncio.CancelledError)
+
+
+request_lists = st.lists(
+    st.tuples(st.integers(1, 500), st.floats(1, 300), st.sampled_from([None, "d7", "d0"])),
+    max_size=40,
+    unique_by=lambda request: request[0],
+)
+
+
+@given(request_lists, st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_nothing_is_lost_and_nothing_answered_twice(requests, max_batch_size):
+    machine = Machine()
+    answers = serve(machine, requests, max_batch_size)
+    ran = Counter(number for _, numbers in machine.batches for number in numbers)
+    for (number, _, depth), answer in zip(requests, answers, strict=True):
+        if isinstance(answer, Exception):
+            assert isinstance(answer, OverloadedError)
+            assert ran[number] == 0
+        else:
+            assert int(answer.probabilities) == number
+            assert ran[number] == 1
+            assert depth in (None, answer.depth)
+    assert all(len(numbers) <= max_batch_size for _, numbers in machine.batches)
+
+
+@given(st.lists(st.floats(1, 300), max_size=60), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_those_who_are_let_in_are_in_time(budgets, max_batch_size):
+    """Where the machine is as fast as expected."""
+    machine = Machine()
+    answers = serve(machine, list(enumerate(budgets, 1)), max_batch_size)
+    for budget, answer in zip(budgets, answers, strict=True):
+        if not isinstance(answer, Exception):
+            taken = machine.expected_ms(answer.depth, answer.batch_size)
+            assert answer.waited_ms + taken <= budget + 1e-6
+
+
+def test_batch_size_out_of_range():
+    with pytest.raises(ValueError, match="max_batch_size must be at least 1, found 0"):
+        Batcher(Machine(), 0)

@@ -1,0 +1,165 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from teamnet_pl.deploy.images import FORMATS, Preprocessing, open_image
+
+MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
+
+
+@pytest.fixture
+def pixels():
+    """Two images as one has them: (N, H, W, C)."""
+    return np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def rgb():
+    return Preprocessing((3, 4, 6), MEAN, STD)
+
+
+def by_hand(pixels):
+    return (pixels / 255 - np.array(MEAN)) / np.array(STD)
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def test_every_way_to_pass_images(rgb, pixels, tmp_path):
+    pictures = [Image.fromarray(image) for image in pixels]
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    ways = [
+        pixels,
+        list(pixels),
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        channels_first,
+        list(channels_first),
+        channels_first / 255,
+        (channels_first.double() / 255),
+        pictures,
+        tuple(pictures),
+        paths,
+        [str(path) for path in paths],
+        [pixels[0], paths[1]],
+    ]
+    expected = torch.from_numpy(by_hand(pixels)).permute(0, 3, 1, 2).float()
+    for images in ways:
+        found = rgb(images)
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for single in (pixels[0], channels_first[0], pictures[0], paths[0], str(paths[0])):
+        torch.testing.assert_close(rgb(single), expected[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_come_to_the_channels_of_the_net(pixels):
+    grey = Preprocessing((1, 4, 6), [0], [1])
+    picture = Image.fromarray(pixels[0])
+    expected = torch.from_numpy(np.asarray(picture.convert("L"))[None, None] / 255).float()
+    for mode in ("RGB", "RGBA", "L"):
+        torch.testing.assert_close(grey(picture.convert(mode)), expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(grey(np.asarray(picture.convert("L"))), expected)
+    rgb = Preprocessing((3, 4, 6), [0] * 3, [1] * 3)
+    torch.testing.assert_close(rgb(picture.convert("L")), expected.expand(1, 3, 4, 6))
+
+
+def test_transparent_palette(rgb, pixels):
+    picture = Image.fromarray(pixels[0]).quantize(8)
+    expected = rgb(picture.convert("RGB"))
+    picture.info["transparency"] = bytes([0, 128])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(rgb(picture), expected)
+
+
+def test_transforms_come_first(pixels):
+    resized = Preprocessing((3, 2, 2), MEAN, STD, [v2.CenterCrop(2)])
+    cropped = torch.from_numpy(by_hand(pixels)[:, 1:3, 2:4]).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(resized(pixels), cropped)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one image"),
+        (torch.zeros(0, 3, 4, 6), "at least one image"),
+        (torch.zeros(4, 6), "3 or 4 axes"),
+        (np.zeros(4), "2 to 4 axes"),
+        (torch.zeros(1, 4, 6), r"shape \(1, 4, 6\).*trained on \(3, 4, 6\)"),
+        (torch.zeros(3, 6, 4), r"shape \(3, 6, 4\)"),
+        (np.zeros((4, 6)), r"shape \(1, 4, 6\)"),
+        (torch.full((3, 4, 6), 255.0), r"in \[0, 1\], found 255"),
+        (torch.full((3, 4, 6), -1.0), r"in \[0, 1\], found -1"),
+        (torch.full((3, 4, 6), torch.nan), r"in \[0, 1\], found nan"),
+        (torch.zeros(3, 4, 6, dtype=torch.int64), r"uint8, found torch.int64"),
+        (Image.new("I;16", (6, 4)), "more than 8 bits"),
+        (Image.new("F", (6, 4)), "more than 8 bits"),
+        (Image.new("RGB", (4, 6)), r"shape \(3, 6, 4\)"),
+        ([3], "found a int"),
+        (None, "found a NoneType"),
+    ],
+)
+def test_what_is_no_image(rgb, images, message):
+    with pytest.raises(ValueError, match=message):
+        rgb(images)
+
+
+def test_no_file(rgb, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        rgb(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0, 0], [1, 1, 1]), ([0] * 3, [1]), ([0] * 3, [1, 0, 1])]
+)
+def test_normalisation_that_does_not_fit(mean, std):
+    with pytest.raises(ValueError, match="a value for each of 3 channels"):
+        Preprocessing((3, 4, 6), mean, std)
+
+
+def test_pictures_have_one_or_three_channels():
+    with pytest.raises(ValueError, match="takes 2 channels"):
+        Preprocessing((2, 4, 6), [0] * 2, [1] * 2)(Image.new("RGB", (6, 4)))
+
+
+# Files of which nothing is trusted
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(format, pixels):
+    picture = Image.fromarray(pixels[0])
+    found = open_image(encoded(picture, format))
+    assert found.size == picture.size
+
+
+NAMES = ["nothing", "text", "zeros", "program", "svg", "header", "truncated png"]
+NAMES += ["truncated jpeg", "damaged png", "bomb", "large"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_files(hostile, name, tmp_path):
+    with pytest.raises(ValueError, match=r"The data (is no|cannot be read as an) image"):
+        open_image(hostile[name])
+    path = tmp_path / "file"
+    path.write_bytes(hostile[name])
+    with pytest.raises(ValueError, match=r"file (is no|cannot be read as an) image"):
+        open_image(path)
+
+
+def test_large_is_said_before_it_is_decoded(hostile):
+    with pytest.raises(ValueError, match="4097x4097 pixels, 16,777,216 are allowed"):
+        open_image(hostile["large"])
+    with pytest.raises(ValueError, match="8x8 pixels, 63 are allowed"):
+        open_image(encoded(Image.new("L", (8, 8))), max_pixels=63)
+    assert open_image(encoded(Image.new("L", (8, 8))), max_pixels=64).size == (8, 8)

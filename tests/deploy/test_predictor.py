@@ -1,0 +1,278 @@
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from teamnet_pl.checkpoints import CONFIG_KEY
+from teamnet_pl.deploy import predictor as module
+from teamnet_pl.deploy.images import Preprocessing
+from teamnet_pl.deploy.loading import load_preprocessing, load_teammate
+from teamnet_pl.deploy.predictor import Predictor
+from teamnet_pl.deploy.profile import Profile, ProfileRow
+
+MILLISECONDS = {"d7": 10.0, "d4": 6.0, "d0": 2.0}
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return Predictor.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def profile():
+    rows = [ProfileRow(name, [1], 1, 1, 1, ms, ms, 0) for name, ms in MILLISECONDS.items()]
+    return Profile("cpu", "a machine", 1, rows)
+
+
+@pytest.fixture
+def timed(checkpoint, profile, monkeypatch):
+    """A predictor on a machine that is made up, as slow as its load says, with its own clock."""
+    machine = SimpleNamespace(load=1, now=0.0)
+
+    def run_timed(view, images):
+        depth = view.depths[view._selection.depth].name
+        taken_ms = machine.load * len(images) * MILLISECONDS[depth]
+        machine.now += taken_ms / 1000
+        return torch.zeros(len(images), 10), taken_ms
+
+    monkeypatch.setattr(module, "run_timed", run_timed)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+    found = Predictor.from_checkpoint(checkpoint, profile=profile)
+    found.machine = machine
+    return found
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    """Raw ones, as someone has them who knows nothing of the training."""
+    return [digits.test_set.dataset[i][0] for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def normalised(digits):
+    return digits.normalize(next(iter(digits.test_dataloader()))[0][:8])
+
+
+def expected(team, depth, normalised, teammate="a"):
+    """What the plain net of a depth says of the images that the training would have seen."""
+    with torch.no_grad():
+        return team.teammates[teammate].extract(depth).eval()(normalised).softmax(-1)
+
+
+def test_each_depth_is_the_extracted_net(predictor, team, images, normalised):
+    assert predictor.depths == ("d7", "d4", "d0")
+    for depth in predictor.depths:
+        found = predictor.predict(images, depth=depth)
+        assert found.depth == depth
+        truth = expected(team, depth, normalised)
+        torch.testing.assert_close(found.probabilities, truth, rtol=1e-4, atol=1e-6)
+        assert found.labels.tolist() == truth.argmax(-1).tolist()
+        assert found.latency_ms > 0
+
+
+def test_a_net_that_was_training(checkpoint, team, images, normalised):
+    found = Predictor(load_teammate(checkpoint).train(), load_preprocessing(checkpoint))
+    truth = expected(team, "d7", normalised)
+    torch.testing.assert_close(found.predict(images).probabilities, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_the_other_teammate(checkpoint, team, images, normalised):
+    found = Predictor.from_checkpoint(checkpoint, "b").predict(images)
+    truth = expected(team, team.teammates["b"].depths[0], normalised, "b")
+    torch.testing.assert_close(found.probabilities, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_budget_of_arithmetic(predictor, images):
+    costs = predictor.macs
+    assert predictor.predict(images, macs=costs["d7"]).depth == "d7"
+    assert predictor.predict(images, macs=costs["d7"] - 1).depth == "d4"
+    assert predictor.predict(images, macs=costs["d4"] - 1).depth == "d0"
+    with pytest.raises(ValueError, match=r"shallowest depth takes .* more than"):
+        predictor.predict(images, macs=costs["d0"] - 1)
+
+
+def test_deepest_without_a_budget(predictor, images):
+    assert predictor.predict(images).depth == "d7"
+
+
+def test_budget_of_time(timed, images):
+    # Ten per cent stay free, but where the last depth fits.
+    depths = {b: timed.predict(images[0], budget_ms=b).depth for b in (12, 11, 7, 6, 5.9, 1)}
+    assert depths == {12: "d7", 11: "d7", 7: "d4", 6: "d4", 5.9: "d0", 1: "d0"}
+    assert timed.predict(images, budget_ms=72).depth == "d4"  # 8 images take 48, or 80
+    timed.machine.load = 3
+    for _ in range(2):
+        timed.predict(images[0])
+    assert timed.controller.load == pytest.approx(3)
+    found = timed.predict(images[0], budget_ms=28)
+    assert found.depth == "d4"
+    assert found.latency_ms == pytest.approx(18)
+
+
+def test_preprocessing_counts(timed, images):
+    preprocessing = timed.preprocessing
+
+    def slow(batch):
+        timed.machine.now += 0.05
+        return preprocessing(batch)
+
+    timed.preprocessing = slow
+    assert timed.predict(images[0], budget_ms=55).depth == "d0"
+    found = timed.predict(images[0], budget_ms=57)
+    assert found.depth == "d4"
+    assert found.latency_ms == pytest.approx(56)
+
+
+def test_what_a_run_takes_is_learned_at_the_start(timed):
+    assert timed.controller.load == pytest.approx(1)
+
+
+def test_calibrates_without_a_profile(predictor):
+    assert 0 < predictor.controller.load < 1000
+    times = [predictor.controller.estimate_ms(depth) for depth in predictor.depths]
+    assert all(0 < taken < 1e4 for taken in times)
+
+
+def test_batch_sizes_that_are_calibrated(team, monkeypatch):
+    sizes = []
+
+    def profile_depths(net, views, batch_sizes, runs):
+        sizes.append(list(batch_sizes))
+        rows = [ProfileRow(depth, [1], 1, 1, 1, 5.0, 5.0, 0) for depth in views]
+        return Profile("cpu", "a machine", 1, rows)
+
+    monkeypatch.setattr(module, "profile_depths", profile_depths)
+    preprocessing = Preprocessing((1, 8, 8), [0], [1])
+    Predictor(team.teammates["a"], preprocessing, batch_sizes=[1, 3])
+    assert sizes == [[1, 3]]
+
+
+def test_a_choice_of_depths(checkpoint, images):
+    chosen = Predictor.from_checkpoint(checkpoint, depths=["d0", "d4"])
+    assert chosen.depths == ("d4", "d0")
+    assert chosen.predict(images).depth == "d4"
+    with pytest.raises(ValueError, match="depths d4, d0; found d7"):
+        chosen.predict(images, depth="d7")
+
+
+def test_weights_are_in_memory_once(predictor):
+    """Of 3 depths: every tensor of one is a tensor of the others."""
+    tensors = [
+        {tensor.data_ptr() for tensor in view.state_dict().values() if tensor.numel()}
+        for view in predictor._views.values()
+    ]
+    assert tensors[0] == tensors[1] == tensors[2]
+
+
+def test_threads_each_at_a_depth_of_their_own(predictor, team, images, normalised):
+    truth = {depth: expected(team, depth, normalised) for depth in predictor.depths}
+
+    def ask(i):
+        depth = predictor.depths[i % 3]
+        found = predictor.predict(images, depth=depth)
+        return torch.allclose(found.probabilities, truth[depth], rtol=1e-4, atol=1e-6)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(120)))
+
+
+def test_files_and_pictures(predictor, tmp_path, images):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
+    picture.save(tmp_path / "image.png")
+    truth = predictor.predict(np.asarray(picture)).probabilities
+    for same in (picture, tmp_path / "image.png", [str(tmp_path / "image.png")]):
+        torch.testing.assert_close(predictor.predict(same).probabilities, truth)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"budget_ms": 0}, "budget_ms must be a positive"),
+        ({"budget_ms": float("nan")}, "budget_ms must be a positive"),
+        ({"budget_ms": float("inf")}, "budget_ms must be a positive"),
+        ({"depth": "d9"}, "depths d7, d4, d0; found d9"),
+        ({"depth": "d7", "budget_ms": 1}, "one of budget_ms, macs and depth"),
+        ({"macs": 1, "budget_ms": 1}, "one of budget_ms, macs and depth"),
+    ],
+)
+def test_budgets_that_make_no_sense(predictor, images, budgets, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(images, **budgets)
+
+
+def test_profile_of_another_net_or_device(checkpoint, profile):
+    other = Profile("cuda", "a machine", 1, profile.rows)
+    with pytest.raises(ValueError, match="taken on cuda, the net is on cpu"):
+        Predictor.from_checkpoint(checkpoint, profile=other)
+    with pytest.raises(ValueError, match="lacks d5, d2"):
+        Predictor.from_checkpoint(checkpoint, "b", profile=profile)
+
+
+def test_profile_from_a_file(checkpoint, profile, tmp_path, timed):
+    profile.save(tmp_path / "profile.json")
+    found = Predictor.from_checkpoint(checkpoint, profile=tmp_path / "profile.json")
+    assert found.controller.estimate_ms("d7") == pytest.approx(10)
+
+
+def test_unknown_depths(team):
+    preprocessing = Preprocessing((1, 8, 8), [0], [1])
+    with pytest.raises(ValueError, match="d9 is none of them"):
+        Predictor(team.teammates["a"], preprocessing, depths=["d9"])
+    with pytest.raises(ValueError, match="at least one depth"):
+        Predictor(team.teammates["a"], preprocessing, depths=[])
+
+
+# Loading
+
+
+def test_loaded_net_is_the_team_s(checkpoint, team, tiny):
+    net = load_teammate(checkpoint, "b")
+    tiny.assert_same_state(net.state_dict(), team.teammates["b"].state_dict())
+    assert not net.training
+
+
+def edited(checkpoint, folder, **changes):
+    """A checkpoint with other entries; None takes one out."""
+    found = torch.load(checkpoint, weights_only=True) | changes
+    path = folder / "edited.ckpt"
+    torch.save({key: value for key, value in found.items() if value is not None}, path)
+    return path
+
+
+def test_nothing_that_the_checkpoint_names_is_called(checkpoint, team, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("os.system", lambda *args: called.append(args))
+    hparams = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    path = edited(checkpoint, tmp_path, hyper_parameters=hparams | {"_instantiator": "os.system"})
+    load_teammate(path)
+    assert not called
+
+
+@pytest.mark.parametrize("missing", ["hyper_parameters", "state_dict"])
+def test_no_checkpoint_of_a_team(checkpoint, tmp_path, missing):
+    with pytest.raises(ValueError, match="is no checkpoint of a team: it holds"):
+        load_teammate(edited(checkpoint, tmp_path, **{missing: None}))
+
+
+def test_weights_of_another_team(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)are not those of its team: .*Missing key"):
+        load_teammate(edited(checkpoint, tmp_path, state_dict={}))
+    with pytest.raises(ValueError, match="is no checkpoint of a team"):
+        load_teammate(edited(checkpoint, tmp_path, hyper_parameters={"num_classes": 3}))
+
+
+def test_preprocessing_of_a_checkpoint_without_a_config(checkpoint, tmp_path):
+    path = edited(checkpoint, tmp_path, **{CONFIG_KEY: None})
+    with pytest.raises(ValueError, match=r"does not say what data.*Preprocessing of your own"):
+        load_preprocessing(path)
+
+
+@pytest.mark.parametrize("data", [{"class_path": "no.Such"}, {"class_path": "os.system"}, None])
+def test_data_that_cannot_be_made(checkpoint, tmp_path, data):
+    path = edited(checkpoint, tmp_path, **{CONFIG_KEY: yaml.safe_dump({"data": data})})
+    with pytest.raises(ValueError, match=r"(?s)cannot be made: .*Preprocessing of your own"):
+        load_preprocessing(path)

@@ -1,0 +1,348 @@
+"""The endpoints, and a server process that gets what it may get."""
+
+import asyncio
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+from teamnet_pl.deploy import Predictor
+from teamnet_pl.deploy import server as module
+from teamnet_pl.deploy.batcher import OverloadedError
+from teamnet_pl.deploy.server import Server
+
+
+def png(seed=0, size=8):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def probabilities(team, depth, data):
+    """Of the plain net, for pixels normalised by hand as the data set says."""
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).float() / 255
+    with torch.no_grad():
+        plain = team.teammates["a"].extract(depth).eval()
+        return plain((pixels[None, None] - 0.3053) / 0.3760).softmax(-1)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return Predictor.from_checkpoint(checkpoint)
+
+
+@pytest.fixture
+def client(predictor):
+    with TestClient(Server(predictor, budget_ms=5000).app(), raise_server_exceptions=False) as own:
+        yield own
+
+
+def test_each_depth_is_the_extracted_net(client, team):
+    for depth in ("d7", "d4", "d0"):
+        found = client.post(f"/predict?depth={depth}", content=png()).json()
+        expected = probabilities(team, depth, png())
+        assert found["depth"] == depth
+        assert found["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert found["label"] == int(np.argmax(expected))
+        assert found["latency_ms"] > found["waited_ms"] >= 0
+
+
+def test_budgets(client, predictor):
+    assert client.post("/predict", content=png()).json()["depth"] == "d7"  # 5 s are plenty
+    assert client.post("/predict?budget_ms=1e-6", content=png()).json()["depth"] == "d0"
+    macs = predictor.macs["d4"]
+    assert client.post(f"/predict?macs={macs}", content=png()).json()["depth"] == "d4"
+    assert client.post(f"/predict?macs={macs}&budget_ms=9000", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("budget_ms=0", "budget_ms must be a positive number of milliseconds, found 0.0"),
+        ("budget_ms=nan", "must be a positive number"),
+        ("budget_ms=fast", "budget_ms must be a number (float), found 'fast'"),
+        ("macs=1.5", "macs must be a number (int), found '1.5'"),
+        ("macs=1", "shallowest depth takes"),
+        ("macs=99999999&depth=d7", "one of macs and depth"),
+        ("depth=d9", "depths d7, d4, d0; found d9"),
+        ("budget=1", "parameters budget_ms, macs, depth; found budget"),
+    ],
+)
+def test_a_query_that_makes_no_sense(client, query, message):
+    found = client.post(f"/predict?{query}", content=png())
+    assert found.status_code == 400
+    assert message in found.json()["error"]
+
+
+def test_images_that_are_none(client, hostile):
+    for data in hostile.values():
+        found = client.post("/predict", content=data)
+        assert found.status_code == 400
+        assert " image" in found.json()["error"]
+    found = client.post("/predict", content=png(size=9))
+    assert found.status_code == 400
+    assert "shape (1, 9, 9)" in found.json()["error"]
+    assert client.post("/predict", content=png()).status_code == 200
+
+
+def test_limits(predictor):
+    size = len(png())
+    with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
+        assert client.post("/predict", content=png()).status_code == 200
+        found = client.post("/predict", content=png() + b"0")
+        assert found.status_code == 413
+        assert f"{size + 1} bytes, {size} are allowed" in found.json()["error"]
+        chunks = iter([png(), b"0"])  # without a Content-Length
+        assert client.post("/predict", content=chunks).status_code == 413
+    with TestClient(Server(predictor, max_pixels=63).app()) as client:
+        found = client.post("/predict", content=png())
+        assert found.status_code == 400
+        assert "8x8 pixels, 63 are allowed" in found.json()["error"]
+
+
+def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
+    async def stream():
+        for _ in range(10):
+            yield bytes(30)
+
+    server = Server(predictor, max_body_bytes=100)
+    body, size = asyncio.run(server._read(SimpleNamespace(stream=stream)))
+    assert (len(body), size) == (90, 300)
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    server = Server(predictor, budget_ms=60_000)
+    decode, now, most = server._image, [], []
+
+    def slow(body):
+        now.append(body)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return decode(body)
+
+    monkeypatch.setattr(server, "_image", slow)
+    with TestClient(server.app()) as client, ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda _: client.post("/predict", content=png()), range(8))
+        assert {answer.status_code for answer in answers} == {200}
+    assert most == [1] * 8
+
+
+def test_other_paths_and_methods(client):
+    assert client.get("/nothing").status_code == 404
+    assert client.get("/predict").status_code == 405
+    assert client.get("/nothing").json() == {"error": "Not Found"}
+
+
+def test_health(client, predictor):
+    found = client.get("/health")
+    assert found.status_code == 200
+    assert found.json() == {
+        "status": "ok",
+        "depths": predictor.macs,
+        "input_shape": [1, 8, 8],
+        "budget_ms": 5000,
+    }
+
+
+def samples(client):
+    """Metrics as Prometheus reads them."""
+    text = client.get("/metrics").text
+    return {k: float(v) for k, v in re.findall(r"^([^#\s]+(?:{.*})?) (\S+)$", text, re.MULTILINE)}
+
+
+def test_metrics(client, predictor):
+    for _ in range(3):
+        client.post("/predict?depth=d4", content=png())
+    client.post("/predict", content=b"no image")
+    found = samples(client)
+    assert found['teamnet_requests_total{status="200"}'] == 3
+    assert found['teamnet_requests_total{status="400"}'] == 1
+    assert found['teamnet_latency_seconds_count{depth="d4"}'] == 3
+    assert 0 < found['teamnet_latency_seconds_sum{depth="d4"}'] < 60
+    assert found["teamnet_batch_size_count"] == 3
+    assert found["teamnet_waiting"] == 0
+    assert found["teamnet_load"] == pytest.approx(predictor.controller.load)
+
+
+def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
+    async def run(_):
+        raise RuntimeError
+
+    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.run", run)
+    with TestClient(Server(predictor).app()) as client:
+        found = client.get("/health")
+    assert (found.status_code, found.json()["status"]) == (503, "failed")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch, error):
+    def run(*_):
+        raise error("out of memory")
+
+    monkeypatch.setattr(predictor, "run", run)
+    found = client.post("/predict", content=png())
+    assert (found.status_code, found.json()) == (
+        500,
+        {"error": "The server failed; its log says how."},
+    )
+    monkeypatch.undo()
+    assert client.post("/predict", content=png()).status_code == 200
+    assert samples(client)['teamnet_requests_total{status="500"}'] == 1
+
+
+def test_overload_is_said(client, monkeypatch):
+    def refuse(*_):
+        raise OverloadedError("too much")
+
+    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.admit", refuse)
+    found = client.post("/predict", content=b"no image")  # it is not even looked at
+    assert (found.status_code, found.json()) == (503, {"error": "too much"})
+    assert found.headers["Retry-After"] == "1"
+    assert samples(client)['teamnet_requests_total{status="503"}'] == 1
+
+
+def answer_to(app, receive):
+    """Status and body of the answer to a POST whose body comes as told."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/predict",
+        "query_string": b"",
+        "headers": [],
+    }
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
+
+
+def test_a_body_that_does_not_come(predictor, monkeypatch):
+    monkeypatch.setattr(module, "READ_SECONDS", 0.05)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    status, error = answer_to(Server(predictor).app(), receive)
+    assert (status, error) == (408, "The body did not come in 0.05 s.")
+
+
+def test_a_body_that_ends_too_early(predictor):
+    messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    status, error = answer_to(Server(predictor).app(), receive)
+    assert (status, error) == (400, "The body ends too early.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_ms": 0}, "budget_ms must be a positive"),
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
+        ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
+        ({"max_pixels": -1}, "max_pixels must be at least 1"),
+    ],
+)
+def test_options_out_of_range(predictor, options, message):
+    with pytest.raises(ValueError, match=message):
+        Server(predictor, **options)
+
+
+# A process
+
+
+@pytest.fixture(scope="module")
+def process(checkpoint, tmp_path_factory):
+    """A server process: its port, itself, and where its log goes."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    words = [sys.executable, "-m", "teamnet_pl", "serve", "--ckpt_path", str(checkpoint)]
+    with open(log, "w") as file:
+        own = subprocess.Popen([*words, "--port", "0", "--budget_ms", "60000"], stderr=file)
+    try:
+        until = time.monotonic() + 120
+        while not (found := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
+            assert own.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield int(found[1]), own, log
+    finally:
+        own.kill()
+        own.wait()
+
+
+@pytest.mark.slow
+def test_a_process_lives_through_what_it_gets(process, hostile, team):
+    port, own, log = process
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        for data in hostile.values():
+            assert client.post("/predict", content=data).status_code == 400
+        assert client.post("/predict", content=bytes(2**25)).status_code == 413
+        endless = (bytes(2**16) for _ in range(2**8))  # without a Content-Length
+        assert client.post("/predict", content=endless).status_code == 413
+    for raw in (
+        b"no HTTP\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nshort",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\n" + b"a: " + b"b" * 2**18,
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(4096)
+            assert answer == b"" or b" 400 " in answer.splitlines()[0]
+
+    images = [png(seed) for seed in range(32)]
+
+    def send(data):
+        return httpx2.post(f"http://127.0.0.1:{port}/predict", content=data, timeout=60)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(send, images))
+    assert {answer.status_code for answer in answers} == {200}
+    for data, answer in zip(images, answers, strict=True):
+        found = answer.json()
+        expected = probabilities(team, found["depth"], data)
+        assert found["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert own.poll() is None
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_process_answers_what_it_has_before_it_ends(process):
+    """The last test of the process."""
+    port, own, log = process
+    data = png()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = f"Host: a\r\nExpect: 100-continue\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(b"POST /predict HTTP/1.1\r\n" + head.encode())
+        assert b" 100 " in connection.recv(4096)  # it waits for the body
+        own.send_signal(signal.SIGTERM)
+        while "Shutting down" not in log.read_text():
+            time.sleep(0.05)
+        connection.sendall(data)
+        assert b" 200 " in connection.recv(4096).splitlines()[0]
+    own.wait(60)

@@ -1,0 +1,89 @@
+"""Views: one net at several depths side by side, with one set of weights."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from teamnet_pl.elastic import ElasticNet
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(params=[False, True], ids=["shared_affine", "per_depth_affine"])
+def net(request, toys):
+    """Its depths all have statistics of their own."""
+    net = ElasticNet(toys.build("residual"), SHAPE, depths=4, per_depth_affine=request.param)
+    toys.train(net)
+    return net.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+
+
+@torch.no_grad()
+def test_a_view_is_the_extracted_net(net, images):
+    for depth in net.depths:
+        expected = net.extract(depth).eval()(images)
+        with net.at(3):  # what the net itself is at doesn't matter
+            view = net.view(depth.name)
+            torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_no_weight_is_copied(net):
+    own = dict(net.state_dict(keep_vars=True))
+    for depth in net.depths:
+        view = net.view(depth)
+        found = view.state_dict(keep_vars=True)
+        assert found.keys() == own.keys()
+        assert all(found[name] is own[name] for name in own)
+        assert not {id(module) for module in view.modules()} & {id(m) for m in net.modules()}
+
+
+@torch.no_grad()
+def test_a_change_of_the_weights_reaches_every_view(net, images):
+    views = [net.view(depth) for depth in net.depths]
+    net.backbone.head.bias += 1
+    for view, depth in zip(views, net.depths, strict=True):
+        torch.testing.assert_close(view(images), net.extract(depth).eval()(images))
+
+
+def test_views_run_side_by_side(net, images):
+    """Threads that each stay at a depth of their own, while the net's own depth changes."""
+    expected = [net.extract(depth).eval()(images).detach() for depth in net.depths]
+    views = [net.view(depth) for depth in net.depths]
+
+    @torch.no_grad()
+    def run(index):
+        with net.at(net.depths[index]):
+            return [views[index](images) for _ in range(50)]
+
+    with ThreadPoolExecutor(len(views)) as pool:
+        for found, truth in zip(pool.map(run, range(len(views))), expected, strict=True):
+            assert all(torch.allclose(one, truth, rtol=1e-10, atol=1e-10) for one in found)
+
+
+def test_a_view_stays_at_its_depth(net, images):
+    view = net.view(0)
+    with view.at(net.depths[0]), torch.no_grad():
+        torch.testing.assert_close(view(images), net.extract(net.depths[0]).eval()(images))
+    with torch.no_grad():
+        torch.testing.assert_close(view(images), net.extract(0).eval()(images))
+
+
+def test_a_replaced_module_is_viewed(net, images):
+    """As `convert_sync_batchnorm` and others replace modules."""
+    old = net.backbone.norm
+    net.backbone.norm = type(old)(old.num_features).double().eval()
+    with torch.no_grad():
+        found = net.view(0)(images)
+        with net.at(0):
+            torch.testing.assert_close(found, net(images))
+
+
+def test_unknown_depth(net):
+    with pytest.raises(ValueError, match="d9 is none of them"):
+        net.view("d9")
