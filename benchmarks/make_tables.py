@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,27 @@ def spread(values: list[float] | None) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
+def compatibility(name: str) -> str:
+    """What became of each architecture, and how many of each library work."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    rows = []
+    for row in result["rows"]:
+        counts[row["family"].partition("/")[0]][row["result"]] += 1
+        stages = "-".join(map(str, row.get("stages", [])))
+        size = "x".join(map(str, row["input_shape"][1:]))
+        reason = row.get("reason", "").partition(". ")[0]
+        rows.append(
+            [row["family"], row["model"].partition("/")[2], size, row["result"], stages, reason]
+        )
+    said = [
+        f"{library}: {', '.join(f'{count} {result}' for result, count in own.most_common())}."
+        for library, own in counts.items()
+    ]
+    header = ["family", "smallest model", "images", "result", "blocks per stage", "why"]
+    return " ".join(said) + "\n\n" + markdown(header, rows) + source(result)
+
+
 def per_depth(name: str) -> str:
     """What one run reports, from its per_depth.json."""
     rows = [Row(**row) for row in json.loads((RESULTS / f"{name}.json").read_text())]
@@ -218,6 +239,7 @@ def shares(depths: dict[str, float]) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
+    "compatibility": compatibility,
     "digits": per_depth,
     "onnx_files": onnx_files,
     "int8_accuracy": int8_accuracy,

@@ -142,3 +142,46 @@ def test_load(script, tmp_path):
         assert sum(row["by_status"].values()) == row["sent"] > 0
         assert row["method"] == "budget" or set(row["depths"]) == {"d7"}
     assert picture.stat().st_size > 10_000
+
+
+FAMILIES = {
+    "torchvision/alexnet": "refused",
+    "torchvision/mnasnet": "works",
+    "torchvision/resnet": "works",
+    "timm/cspnet": "works",  # branches around its blocks
+    "timm/eva": "works",  # further arguments
+    "timm/fasternet": "works",  # forwards set on instances
+    "timm/tnt": "works",  # tuples
+    "timm/repghost": "works",
+}
+
+
+def test_compatibility_of_a_sample(script, tmp_path):
+    out = tmp_path / "out.json"
+    done = script("compatibility.py", "--families", *FAMILIES, "--jobs", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = {row["family"]: row for row in json.loads(out.read_text())["rows"]}
+    assert {family: row["result"] for family, row in rows.items()} == FAMILIES
+    assert rows["torchvision/resnet"]["model"] == "torchvision/resnet18"
+    assert rows["torchvision/resnet"]["stages"] == [2, 1, 1, 1]
+    assert "no residual block" in rows["torchvision/alexnet"]["reason"]
+    for row in rows.values():
+        if row["result"] == "works":
+            assert max(row["packed"], row["gradient"], row["extracted"]) < 1e-6
+            assert row["finite"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compatibility_of_all(script, tmp_path, pytestconfig):
+    """The committed results are those of this code, where the library's smallest model is."""
+    out = tmp_path / "out.json"
+    done = script("compatibility.py", "--max-parameters", 20_000_000, "--out", out)
+    assert done.returncode == 0, done.stderr
+    committed = pytestconfig.rootpath / "benchmarks" / "results" / "compatibility.json"
+    expected = {row["model"]: row for row in json.loads(committed.read_text())["rows"]}
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["model"] in expected]
+    assert len(rows) > 60
+    for row in rows:
+        for key in ("result", "stages", "blocks"):
+            assert row.get(key) == expected[row["model"]].get(key), row["model"]
