@@ -240,6 +240,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
     "compatibility": compatibility,
+    "compatibility_large": compatibility,
     "digits": per_depth,
     "onnx_files": onnx_files,
     "int8_accuracy": int8_accuracy,
