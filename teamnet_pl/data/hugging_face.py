@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.images import EncodedImageDataModule, EncodedImages
-from teamnet_pl.data.optional import require
+from teamnet_pl.optional import require
 
 
 class RowImages(EncodedImages):

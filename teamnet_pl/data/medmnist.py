@@ -10,7 +10,7 @@ from torchvision.datasets.utils import check_integrity
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import DownloadedImages
-from teamnet_pl.data.optional import require
+from teamnet_pl.optional import require
 
 
 class MedMNIST(DownloadedImages):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors.torch import save_model
@@ -13,24 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from teamnet_pl.elastic import DepthLike, ElasticNet
 from teamnet_pl.elastic.evaluation import example_images
-
-
-def optional(module: str, extra: str) -> ModuleType:
-    """Imports a library that not every installation has.
-
-    Args:
-        module: What to import.
-        extra: The extra of this package that installs it.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed, with the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"This needs {error.name}, which is not installed: pip install 'teamnet_pl[{extra}]'"
-        ) from error
+from teamnet_pl.optional import require
 
 
 def plain_net(net: ElasticNet, depth: DepthLike) -> nn.Module:
@@ -118,8 +99,8 @@ def save_executorch(net: ElasticNet, depth: DepthLike, path: str | Path) -> None
         ValueError: As `exported_program`.
         ModuleNotFoundError: If the extra ``executorch`` is not installed.
     """
-    exir = optional("executorch.exir", "executorch")
-    xnnpack = optional("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    exir = require("executorch.exir", "executorch")
+    xnnpack = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
     program = exir.to_edge_transform_and_lower(
         exported_program(net, depth, batch_size=1), partitioner=[xnnpack.XnnpackPartitioner()]
     )

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from teamnet_pl.data import ImageDataModule
-from teamnet_pl.deploy.export import optional, save_executorch, save_program, save_weights
+from teamnet_pl.deploy.export import save_executorch, save_program, save_weights
 from teamnet_pl.deploy.hub import Teammate
 from teamnet_pl.deploy.int8 import onnx_accuracy, save_onnx_int8
 from teamnet_pl.deploy.onnx_file import save_onnx, save_onnx_all_depths
 from teamnet_pl.elastic import DepthLike, ElasticNet
+from teamnet_pl.optional import require
 
 Format = Literal[
     "safetensors", "torch_export", "onnx", "onnx_int8", "executorch", "onnx_all_depths", "hub"
@@ -72,7 +73,7 @@ def export_files(
         if each not in get_args(Format):
             raise ValueError(f"There is no format {each}: choose of {', '.join(get_args(Format))}.")
         if each in _NEEDS:
-            optional(*_NEEDS[each])
+            require(*_NEEDS[each])
     if not formats:
         raise ValueError(f"No format is given: choose of {', '.join(get_args(Format))}.")
     if "onnx_int8" in formats and data is None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from teamnet_pl.deploy.export import optional
+from teamnet_pl.optional import require
 
 
 def save_onnx_int8(source: str | Path, path: str | Path, images: Iterable[Tensor]) -> None:
@@ -31,9 +31,9 @@ def save_onnx_int8(source: str | Path, path: str | Path, images: Iterable[Tensor
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
         ValueError: If there are no images.
     """
-    quantization = optional("onnxruntime.quantization", "onnx")
-    preparation = optional("onnxruntime.quantization.shape_inference", "onnx")
-    registry = optional("onnxruntime.quantization.registry", "onnx")
+    quantization = require("onnxruntime.quantization", "onnx")
+    preparation = require("onnxruntime.quantization.shape_inference", "onnx")
+    registry = require("onnxruntime.quantization.registry", "onnx")
     batches = [{"images": batch.numpy()} for batch in images]
     if not batches:
         raise ValueError("To find the ranges of features takes some images, found none.")
@@ -77,7 +77,7 @@ def onnx_accuracy(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]) ->
     Raises:
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
     """
-    onnxruntime = optional("onnxruntime", "onnx")
+    onnxruntime = require("onnxruntime", "onnx")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     right = [
         session.run(["logits"], {"images": images.numpy()})[0].argmax(-1) == labels.numpy()

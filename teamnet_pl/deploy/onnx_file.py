@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from teamnet_pl.deploy.export import exported_program, optional
+from teamnet_pl.deploy.export import exported_program
 from teamnet_pl.elastic import DepthLike, ElasticNet
+from teamnet_pl.optional import require
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,8 +35,8 @@ def save_onnx(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
         ValueError: If the net has no such depth, or cannot be exported.
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
     """
-    optimizer = optional("onnxscript.optimizer", "onnx")
-    ir = optional("onnx_ir", "onnx")
+    optimizer = require("onnxscript.optimizer", "onnx")
+    ir = require("onnx_ir", "onnx")
     model = _graph(net, depth)
     optimizer.optimize(model)
     ir.save(model, path)
@@ -59,7 +60,7 @@ def save_onnx_all_depths(
             exported.
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
     """
-    ir = optional("onnx_ir", "onnx")
+    ir = require("onnx_ir", "onnx")
     chosen = {net.depth(depth).blocks for depth in depths or net.depths}
     if len(chosen) < 2:
         raise ValueError(
@@ -70,8 +71,8 @@ def save_onnx_all_depths(
 
 def _graph(net: ElasticNet, depth: DepthLike) -> ir.Model:
     """One depth as the exporter writes it: batch norms are not yet part of the convolutions."""
-    passes = optional("onnx_ir.passes.common", "onnx")
-    optional("onnxscript", "onnx")  # which torch's exporter is made with
+    passes = require("onnx_ir.passes.common", "onnx")
+    require("onnxscript", "onnx")  # which torch's exporter is made with
     program = torch.onnx.export(
         exported_program(net, depth),
         input_names=["images"],

@@ -102,7 +102,7 @@ def trace(
     names = [block.name for block in blocks]
     probe.train()
     mixing = find_mixing(probe, images, names)
-    around = {name for call in calls for name in [call.name] if _holds(name, names)}
+    around = {call.name for call in calls if _holds(call.name, names)}
     order = record_order(probe, images[:2], [*names, *around, *mixing])
     in_training = [name for name, begins in order if begins and name in names]
     if in_training != names:

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from teamnet_pl import ElasticNet
-from teamnet_pl.deploy import export, save_program, save_weights
+from teamnet_pl.deploy import save_program, save_weights
+from teamnet_pl.optional import require
 
 # How to build it, with how many layers; the blocks that a depth keeps; that depth's layers.
 NETS = {
@@ -101,4 +102,4 @@ def test_net_that_cannot_be_exported(nets, tmp_path):
 
 def test_library_that_is_not_installed():
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'teamnet_pl\[fast\]'"):
-        export.optional("no_such_library", "fast")
+        require("no_such_library", "fast")
