@@ -11,17 +11,17 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.downloads import DownloadedImages
+from teamnet_pl.data.downloads import SmallImages
 
 
-class SmallPhotos(DownloadedImages):
+class SmallPhotos(SmallImages):
     """Base of the datasets of 32x32 photos that torchvision reads.
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
-    input_shape = (3, 32, 32)
+    stored_shape = (3, 32, 32)
 
     @abstractmethod
     def read(self, split: Split) -> tuple[npt.NDArray[np.uint8], npt.ArrayLike]:
@@ -66,7 +66,7 @@ class CIFAR10(SmallPhotos):
     et al. 2015, arXiv:1409.5185; He et al. 2016, arXiv:1512.03385).
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     num_classes = 10
@@ -78,7 +78,11 @@ class CIFAR10(SmallPhotos):
 
     def default_train_transform(self) -> list[v2.Transform]:
         """Random crop after padding, and horizontal flip."""
-        return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        return [
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            *super().default_train_transform(),
+        ]
 
     def fetch(self) -> None:
         """Download the files by torchvision."""
@@ -96,7 +100,7 @@ class CIFAR100(CIFAR10):
     As `CIFAR10`, but in ``root/cifar-100-python``.
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     num_classes = 100
@@ -117,7 +121,7 @@ class SVHN(SmallPhotos):
     There is no standard augmentation (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     num_classes = 10

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchvision.transforms import v2
+
 from teamnet_pl.data.base import ImageDataModule
 
 
@@ -79,3 +81,37 @@ class DownloadedImages(ImageDataModule):
             f"{type(self).__name__} isn't in {' or in '.join(looked_in)}{''.join(also)}. Set root "
             "to the folder that has them, or download=True and connect to the internet."
         )
+
+
+class SmallImages(DownloadedImages):
+    """Base of the datasets of small images, all of one size, which are held in memory.
+
+    Args:
+        image_size: Height and width in pixels that images are scaled to (bilinearly, after the
+            standard augmentation), for nets that want more; ``None`` for that of the files.
+        **kwargs: Arguments of :class:`DownloadedImages`.
+
+    Attributes:
+        stored_shape: (channels, height, width) of the images in the files.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    stored_shape: tuple[int, int, int]
+
+    def __init__(self, *, image_size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}.")
+        self.image_size = image_size
+        channels, height, width = self.stored_shape
+        self.input_shape = (channels, image_size or height, image_size or width)
+
+    def default_train_transform(self) -> list[v2.Transform]:
+        """Scaling alone."""
+        return self.eval_transform()
+
+    def eval_transform(self) -> list[v2.Transform]:
+        """Scaling, if there is a size to bring images to."""
+        return [] if self.image_size is None else [v2.Resize([self.image_size] * 2)]

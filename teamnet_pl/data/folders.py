@@ -239,9 +239,10 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
     images.
 
     The standard recipe is CIFAR's at this size: a random crop after padding by 8 pixels, and a
-    horizontal flip.
+    horizontal flip; at another, ImageNet's.
 
     Args:
+        image_size: Height and width in pixels to bring images to; ``None`` for that of the files.
         **kwargs: Arguments of :class:`DownloadedImages` and :class:`EncodedImageDataModule`.
 
     Raises:
@@ -258,8 +259,10 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
     archive = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     md5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(image_size=None, **kwargs)
+    def __init__(self, *, image_size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(image_size=image_size, **kwargs)
+        if image_size is not None:
+            self.input_shape = (3, image_size, image_size)
 
     def fetch(self) -> None:
         """Download and unpack the images."""

@@ -17,12 +17,12 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.downloads import DownloadedImages
+from teamnet_pl.data.downloads import SmallImages
 
 _IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 
-class MNIST(DownloadedImages):
+class MNIST(SmallImages):
     """MNIST: 60,000 training and 10,000 test images of handwritten digits, grey, 28x28, 10 classes.
 
     Source: LeCun et al. 1998, doi:10.1109/5.726791. The four idx files, as they are or gzipped, are
@@ -33,11 +33,11 @@ class MNIST(DownloadedImages):
     digits.
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     num_classes = 10
-    input_shape = (1, 28, 28)
+    stored_shape = (1, 28, 28)
     mean = (0.1307,)
     std = (0.3081,)
     folders = ("MNIST/raw", "")
@@ -46,7 +46,7 @@ class MNIST(DownloadedImages):
 
     def default_train_transform(self) -> list[v2.Transform]:
         """Random crop after padding."""
-        return [v2.RandomCrop(28, padding=2)]
+        return [v2.RandomCrop(28, padding=2), *super().default_train_transform()]
 
     def fetch(self) -> None:
         """Download the files by torchvision."""
@@ -90,7 +90,7 @@ class FashionMNIST(MNIST):
     The standard augmentation is a random crop after padding by 2 pixels and a horizontal flip.
 
     Args:
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     mean = (0.2860,)
@@ -120,7 +120,7 @@ class EMNIST(MNIST):
         variant: Which of the ways that the images are split: by class (62), with upper and lower
             case merged where they look alike (47, "balanced" with as many of each), letters alone
             (26) or digits alone (10, "mnist" with as many as MNIST).
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of :class:`SmallImages`.
     """
 
     # Over the training split of "balanced", as the other variants' are close to it.

@@ -5,9 +5,12 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torchvision.transforms import v2
 
 from teamnet_pl import data
+from teamnet_pl.data.loading import Draw
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -43,6 +46,26 @@ def test_each_dataset_has_a_config():
     }
     configs = [yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")]
     assert {config["data"]["class_path"].rpartition(".")[2] for config in configs} == public
+
+
+@pytest.mark.parametrize("cls", [data.CIFAR10, data.CIFAR100, data.SVHN, data.MNIST, data.EMNIST])
+def test_small_images_are_scaled_last(on_disk, cls):
+    def made(**kwargs):
+        found = cls(root=root, val_fraction=0.25, **kwargs)
+        found.prepare_data()
+        for stage in ("fit", "test"):
+            found.setup(stage)
+        return found
+
+    root = getattr(on_disk, cls.__name__.lower())()
+    stored, scaled = made(), made(image_size=48)
+    assert scaled.input_shape == (stored.input_shape[0], 48, 48)
+    for name in ("train_set", "val_set", "test_set"):
+        for item in (Draw(i, seed=i) for i in range(5)):
+            small, large = (getattr(own, name)[item][0] for own in (stored, scaled))
+            assert torch.equal(v2.functional.resize(small, [48, 48]), large)
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        made(image_size=0)
 
 
 def last_metrics(folder, version):

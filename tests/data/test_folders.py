@@ -41,6 +41,11 @@ def test_tiny_imagenet(on_disk):
         assert label == (2 * j) % 3
 
 
+def test_tiny_imagenet_at_another_size(on_disk):
+    data = prepared(on_disk, TinyImageNet, "fit", image_size=32)
+    assert data.input_shape == data.train_set[0][0].shape == data.val_set[0][0].shape == (3, 32, 32)
+
+
 def test_tiny_imagenet_annotations_of_another_class(on_disk):
     data = prepared(on_disk, TinyImageNet, "fit")
     path = data.root / "tiny-imagenet-200/val/val_annotations.txt"
