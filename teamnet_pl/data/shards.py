@@ -21,8 +21,11 @@ from teamnet_pl.optional import require
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
-class ShardStream(IterableDataset[tuple[Any, ...]]):
-    """This process's share of the images in some shards, in turn.
+class ShardStream(IterableDataset[Any]):
+    """This process's share of the images in some shards, in order.
+
+    The processes take turns, image by image, so that each serves as many batches as the others,
+    which wait for each other. Where images run out within a turn, the last one serves the rest.
 
     Args:
         shards: Files or addresses.
@@ -52,12 +55,12 @@ class ShardStream(IterableDataset[tuple[Any, ...]]):
         self.processes = processes
         self.rank = rank
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """(image, label) of each image of this worker's shards."""
+    def __iter__(self) -> Iterator[Any]:
+        """(image, label) of this process's images in this worker's shards; ``None`` if skipped."""
         worker, workers = _worker()
-        for sample in self.encoded(self.shards[self.rank :: self.processes][worker::workers]):
-            if (decoded := self.decoded(sample)) is not None:
-                yield decoded
+        samples = self.encoded(self.shards[worker::workers])
+        while turn := list(islice(samples, self.processes)):
+            yield self.decoded(turn[min(self.rank, len(turn) - 1)])
 
     def encoded(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Samples as webdataset gives them."""
@@ -71,7 +74,7 @@ class ShardStream(IterableDataset[tuple[Any, ...]]):
         label = sample.get("cls", b"").decode(errors="replace").strip()
         if ending is None or not label.isdecimal() or int(label) >= self.num_classes:
             found = {key: value for key, value in sample.items() if not key.startswith("__")}
-            raise ValueError(
+            raise UnreadableImageError(
                 f"{name} must have an image ({', '.join(_IMAGES)}) and a class (cls) in "
                 f"0..{self.num_classes - 1}, found {', '.join(found)} with class {label!r}."
             )
@@ -113,7 +116,7 @@ class TrainStream(ShardStream):
         """Sets what the order and the augmentation depend on, besides the seed."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         """(image, label, seed) of each image of this worker's batches."""
         worker, workers = _worker()
         # The loader takes batches from the workers in turn, beginning with the first.
@@ -178,7 +181,8 @@ class Shards(EncodedImageDataModule):
 
     The same seed gives the same batches on as many processes with as many workers, also after a
     resume within an epoch, which reads what came before again but doesn't decode it. There must be
-    a training shard for each worker of each process. Shards can't be predicted, as their images
+    a training shard for each worker of each process. For validation and test each process reads all
+    shards, but decodes its share of the images alone. Shards can't be predicted, as their images
     have no index.
 
     Args:

@@ -158,7 +158,24 @@ def test_processes_share_the_shards(on_disk, rank, monkeypatch):
     others = numbers(on_disk, shards(on_disk, train_images=16).train_dataloader())
     assert len(own) == len(others) == 8
     assert not set(own) & set(others)
-    assert val == ([0, 1, 2, 3, 4], [5, 6])[rank]
+    assert val == ([0, 2, 4, 6], [1, 3, 5, 6])[rank]  # as many on each, so the last one twice
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
+    """Also where an image is skipped."""
+    found, batches = set(), set()
+    for rank in range(3):
+        monkeypatch.setattr(Shards, "_processes", lambda self, rank=rank: (3, rank))
+        data = shards(on_disk, batch_size=1, num_workers=num_workers, on_error="skip")
+        path = on_disk.folder / "val-0.tar"
+        path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 1))
+        own = list(data.val_dataloader())
+        batches.add(len(own))
+        found |= set(numbers(on_disk, own))
+    assert batches == {3}
+    assert found == {1, 2, 3, 4, 5, 6}
 
 
 def test_broken_images(on_disk):
