@@ -28,6 +28,7 @@ from teamnet_pl.checkpoints import CONFIG_KEY, load_checkpoint
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
+from teamnet_pl.data.loading import UnreadableImageError
 
 _FROM_DATA = ("num_classes", "input_shape")
 
@@ -121,15 +122,21 @@ class TeamCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-            self._parser(self.subcommand).error(str(error))
+            # jsonargparse adds all it knows of the types.
+            ours: BaseException | None = error
+            while ours is not None and not _raised_in(ours, "teamnet_pl"):
+                ours = ours.__cause__
+            self._parser(self.subcommand).error(str(ours or error))
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what the data modules find wrong is printed without a traceback."""
         try:
             super()._run_subcommand(subcommand)
+        except UnreadableImageError as error:
+            # From a loader's worker, torch puts the worker's traceback before the message.
+            self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
         except (FileNotFoundError, ValueError) as error:
-            frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-            if not frame.f_globals["__name__"].startswith(data.__name__):
+            if not _raised_in(error, data.__name__):
                 raise
             self._parser(subcommand).error(str(error))
 
@@ -140,6 +147,11 @@ class TeamCLI(LightningCLI):
             if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
                 self.model.load_state_dict(load_checkpoint(best)["state_dict"])
             self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith(package)
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:

@@ -108,10 +108,7 @@ class ImageFiles(EncodedImages):
 
 
 def read_image(name: str, source: Path | BytesIO, channels: int) -> Image.Image:
-    """Decodes an image, upright, with 8 bits in each of the wanted channels.
-
-    It is turned as its EXIF orientation says, colour becomes grey or grey colour (CMYK and palettes
-    too), transparency is left out, and of 16 bits the upper 8 are kept.
+    """Decodes an image as :func:`upright` has it.
 
     Args:
         name: What to call it in an error.
@@ -126,26 +123,47 @@ def read_image(name: str, source: Path | BytesIO, channels: int) -> Image.Image:
     """
     try:
         with Image.open(source) as opened:
-            _check_mode(opened)
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("L" if channels == 1 else "RGB")
+            return upright(opened, channels)
     except Exception as error:  # Pillow's plugins raise whatever comes to them
         raise UnreadableImageError(f"{name}: {error}") from error
+
+
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """Brings an image to 8 bits in each of the wanted channels, the same to train and to predict.
+
+    It is turned as its EXIF orientation says, colour becomes grey or grey colour (CMYK and palettes
+    too), transparency is left out, and of 16 bits the upper 8 are kept.
+
+    Args:
+        image: Of any mode.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        An image of mode RGB or L.
+
+    Raises:
+        ValueError: It is of 32-bit values.
+    """
+    _check_mode(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":  # Pillow warns of transparency in palettes that doesn't go by RGBA
+        image = image.convert("RGBA")
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _check_mode(image: Image.Image) -> None:
     sixteen_bits = image.mode == "I" and image.format == "PNG"  # older versions of Pillow
     if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
         raise ValueError(
-            f"has 32 bits a pixel (Pillow's mode {image.mode}), of which the range isn't known. "
-            "Convert it to 8 or 16 bits."
+            f"an image has 32 bits a pixel (Pillow's mode {image.mode}), of which the range isn't "
+            "known. Convert it to 8 or 16 bits."
         )
 
 
 def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, int]]]:
-    """Opens up to 100 images, evenly spread, without decoding them.
+    """Opens up to 100 images, evenly spread, mostly without decoding them.
 
     Args:
         images: What to look at.

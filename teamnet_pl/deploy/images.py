@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
+from teamnet_pl.data.images import upright
+
 OneImage: TypeAlias = Tensor | npt.NDArray[Any] | Image.Image | str | Path
 Images: TypeAlias = OneImage | Sequence[OneImage]
 """One image or several.
@@ -118,7 +120,9 @@ class Preprocessing:
         if isinstance(image, str | Path):
             image = open_image(image)
         if isinstance(image, Image.Image):
-            image = self._with_channels(image)
+            if (channels := self.input_shape[0]) not in (1, 3):
+                raise ValueError(f"The net takes {channels} channels: pass tensors or arrays.")
+            image = upright(image, channels)
         elif not isinstance(image, Tensor | np.ndarray):
             raise ValueError(
                 "An image is a tensor, an array, a PIL image or the path of a file, found a "
@@ -135,19 +139,6 @@ class Preprocessing:
                 f"was trained on {self.input_shape}. Resize or crop it."
             )
         return self._all(tensor).as_subclass(Tensor)  # type: ignore[no-any-return]
-
-    def _with_channels(self, image: Image.Image) -> Image.Image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(
-                f"An image has more than 8 bits for each value (mode {image.mode}). Convert it, or "
-                "pass an array of floats in [0, 1]."
-            )
-        modes = {1: "L", 3: "RGB"}
-        if (channels := self.input_shape[0]) not in modes:
-            raise ValueError(f"The net takes {channels} channels: pass tensors or arrays.")
-        if image.mode == "P":  # whose transparency Pillow converts to RGBA alone
-            image = image.convert("RGBA")
-        return image.convert(modes[channels])
 
 
 def _split(images: Images) -> Iterator[OneImage]:

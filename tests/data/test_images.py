@@ -85,7 +85,7 @@ def test_exif_orientation(orientation, turned):
 
 def test_32_bits_are_refused():
     for values in (GREY.astype(np.float32), GREY.astype(np.int32)):
-        with pytest.raises(UnreadableImageError, match="name: has 32 bits a pixel"):
+        with pytest.raises(UnreadableImageError, match="name: an image has 32 bits a pixel"):
             read(stored(Image.fromarray(values), "TIFF"))
 
 
@@ -344,3 +344,20 @@ def test_the_command_line_says_what_is_missing(cli, capsys, tmp_path):
     message = capsys.readouterr().err
     assert f"no folder {tmp_path}/none/train" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("form", "num_workers"), [("PNG", 0), ("JPEG", 0), ("JPEG", 1)])
+def test_the_command_line_names_a_broken_image(cli, capsys, on_disk, tmp_path, form, num_workers):
+    """Before training, or where it comes up."""
+    folder = on_disk.image_folder(form=form, suffix=form.lower(), size=40)
+    path = sorted((folder / "train").rglob(f"*.{form.lower()}"))[5]
+    path.write_bytes(path.read_bytes()[:-500])  # no more than its end is missing
+    options = ["--data", "ImageFolder", "--data.root", folder, "--data.num_workers", num_workers]
+    options += ["--trainer.limit_train_batches", 1.0]
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", *options)
+    message = capsys.readouterr().err
+    assert f"error: {path}: image file is truncated" in message
+    assert "Traceback" not in message
+    assert "Union" not in message

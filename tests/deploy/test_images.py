@@ -83,6 +83,19 @@ def test_transparent_palette(rgb, pixels):
         torch.testing.assert_close(rgb(picture), expected)
 
 
+def test_files_are_read_as_in_training(rgb, pixels, tmp_path):
+    """A photo taken with the camera on its side, and 16 bits a value."""
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned to the left
+    Image.fromarray(np.rot90(pixels[0], -1)).save(tmp_path / "side.png", exif=exif)
+    torch.testing.assert_close(rgb(tmp_path / "side.png"), rgb(pixels[0]))
+    grey = pixels[0, ..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 256 + 9).save(tmp_path / "deep.png")
+    torch.testing.assert_close(
+        rgb(tmp_path / "deep.png"), rgb(np.repeat(grey[..., None], 3, axis=2))
+    )
+
+
 def test_transforms_come_first(pixels):
     resized = Preprocessing((3, 2, 2), MEAN, STD, [v2.CenterCrop(2)])
     cropped = torch.from_numpy(by_hand(pixels)[:, 1:3, 2:4]).permute(0, 3, 1, 2).float()
@@ -103,8 +116,8 @@ def test_transforms_come_first(pixels):
         (torch.full((3, 4, 6), -1.0), r"in \[0, 1\], found -1"),
         (torch.full((3, 4, 6), torch.nan), r"in \[0, 1\], found nan"),
         (torch.zeros(3, 4, 6, dtype=torch.int64), r"uint8, found torch.int64"),
-        (Image.new("I;16", (6, 4)), "more than 8 bits"),
-        (Image.new("F", (6, 4)), "more than 8 bits"),
+        (Image.new("I", (6, 4)), "32 bits a pixel"),
+        (Image.new("F", (6, 4)), "32 bits a pixel"),
         (Image.new("RGB", (4, 6)), r"shape \(3, 6, 4\)"),
         ([3], "found a int"),
         (None, "found a NoneType"),
