@@ -1,15 +1,15 @@
-"""Reading files with weights, without running anything in them."""
+"""Reading files with weights, without running anything in them, and telling weights apart."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-
-CONFIG_KEY = "teamnet_config"
-"""Where a checkpoint holds, as YAML text, what makes its team and its data."""
+from torch import Tensor
 
 CONFIG_KEY = "teamnet_config"
 """Where a checkpoint of the command line keeps the config of team and data, as YAML text."""
@@ -41,3 +41,19 @@ def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, An
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(found).__name__}, not a dict.")
     return found
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """A name for weights: the same for the same values under the same names, on any device.
+
+    Args:
+        state: As ``state_dict()`` returns it.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
 from teamnet_pl.cooperation.team import Stage
 from teamnet_pl.elastic import cost, depth_costs
@@ -34,6 +35,7 @@ class Row:
         accuracy_top5: Share of those whose label is among the first five; None up to five classes.
         loss: Mean cross-entropy.
         calibration_error: Expected calibration error.
+        weights: Digest of the whole team's weights, as `weights_digest` gives it.
     """
 
     split: Stage
@@ -46,6 +48,7 @@ class Row:
     accuracy_top5: float | None
     loss: float
     calibration_error: float
+    weights: str
 
 
 class DepthReport(Callback):
@@ -119,9 +122,11 @@ def report_rows(team: Team, split: Stage, metrics: dict[str, float]) -> list[Row
             accuracy_top5=metrics.get(f"{split}/accuracy_top5/{name}"),
             loss=metrics[f"{split}/loss/{name}"],
             calibration_error=metrics[f"{split}/calibration_error/{name}"],
+            weights=weights,
         )  # fmt: skip
 
     rows = []
+    weights = weights_digest(team.state_dict())
     if team.leader is not None:
         whole = cost(team.leader, team.input_shape)
         rows.append(row("leader", None, None, whole.macs, whole.parameters))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
-from teamnet_pl.callbacks.depth_report import Row
 from teamnet_pl.deploy.loading import load_teammate
 from teamnet_pl.deploy.profile import (
     draw_profile,
@@ -27,7 +25,8 @@ def profile_teammate(
     """Measures latency and memory of each depth of a Teammate on this machine.
 
     Prints a table, and saves ``profile_<teammate>_<device>.json`` beside the checkpoint. With the
-    accuracies of ``per_depth.json`` there, it also draws accuracy against latency. On the
+    accuracies of ``per_depth.json`` there, if it is of these very weights, it also draws accuracy
+    against latency. On the
     processor, ``OMP_NUM_THREADS`` sets the number of threads, as for all of torch.
 
     Args:
@@ -40,21 +39,19 @@ def profile_teammate(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint of a team or has no such Teammate, there is no such
-            device, a number is not positive, or ``per_depth.json`` is of another net.
+            device, or a number is not positive.
     """
     net = load_teammate(ckpt_path, teammate, device)
     views = {depth.name: net.view(depth) for depth in net.depths}
     measured = profile_depths(net, views, batch_sizes, runs)
     folder = Path(ckpt_path).parent
     name = f"profile_{teammate}_{measured.device}"
-    evaluated = folder / "per_depth.json"
-    if evaluated.is_file():
-        rows = [Row(**row) for row in json.loads(evaluated.read_text())]
-        measured = with_accuracies(measured, rows, teammate)
+    if net.accuracy:
+        measured = with_accuracies(measured, net.accuracy, net.split)
         draw_profile(measured).savefig(folder / f"{name}.png", dpi=150)
     measured.save(folder / f"{name}.json")
     console = Console()
     console.print(profile_table(measured))
     console.print(f"Saved as {folder / name}.json", soft_wrap=True)
     if measured.split is None:
-        console.print("Without accuracies: `teamnet test --ckpt_path` leaves them there.")
+        console.print("Without accuracies of these weights: `teamnet test` leaves them there.")

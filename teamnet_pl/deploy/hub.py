@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.checkpoints import load_checkpoint, weights_digest
 from teamnet_pl.cooperation import TeammateConfig
 from teamnet_pl.deploy.checkpointed import checkpointed_data
 from teamnet_pl.elastic import ElasticNet, depth_costs
@@ -124,7 +124,7 @@ class Teammate(
         """Takes one Teammate out of the checkpoint of a training.
 
         Its normalisation is that of the data in the checkpoint, and its accuracy is what
-        ``per_depth.json`` beside the checkpoint says, where there is such a file.
+        ``per_depth.json`` beside the checkpoint says, if it is there and of these very weights.
 
         Args:
             path: The checkpoint.
@@ -150,7 +150,8 @@ class Teammate(
         data = checkpointed_data(checkpoint)
         report = Path(path).parent / "per_depth.json"
         rows = json.loads(report.read_text()) if report.is_file() else []
-        rows = [row for row in rows if row["net"] == name]
+        weights = weights_digest(state)
+        rows = [row for row in rows if row["net"] == name and row.get("weights") == weights]
         teammate = cls(
             hparams["num_classes"],
             hparams["input_shape"],

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from teamnet_pl.callbacks.depth_report import Row
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
 
@@ -328,25 +327,13 @@ def _points(rows: Sequence[ProfileRow]) -> tuple[list[float], list[float]]:
     return [row.median_ms for row in rows], [100 * (row.accuracy or 0) for row in rows]
 
 
-def with_accuracies(profile: Profile, rows: Sequence[Row], net: str) -> Profile:
+def with_accuracies(profile: Profile, accuracy: Mapping[str, float], split: str | None) -> Profile:
     """Adds what an evaluation found.
 
     Args:
-        profile: Of one Teammate.
-        rows: From ``per_depth.json``.
-        net: Name of the Teammate.
-
-    Raises:
-        ValueError: If the evaluation lacks one of the depths.
+        profile: Of a net.
+        accuracy: By the name of the depth.
+        split: What it was evaluated on.
     """
-    found = {row.depth: row for row in rows if row.net == net}
-    if missing := [depth for depth in profile.depths if depth not in found]:
-        raise ValueError(
-            f"The evaluation in per_depth.json has no {', '.join(missing)} of Teammate {net}. "
-            "It belongs to another net: evaluate this one by `teamnet test --ckpt_path`."
-        )
-    return replace(
-        profile,
-        split=next(iter(found.values())).split,
-        rows=[replace(row, accuracy=found[row.depth].accuracy) for row in profile.rows],
-    )
+    rows = [replace(row, accuracy=accuracy.get(row.depth)) for row in profile.rows]
+    return replace(profile, split=split, rows=rows)

@@ -26,7 +26,9 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(checkpoint.read_bytes())
     main(["profile", "--ckpt_path", str(alone), "--batch_sizes", "[1]", "--runs", "1"])
-    assert "teamnet test --ckpt_path" in " ".join(capsys.readouterr().out.split())
+    assert "Without accuracies of these weights: `teamnet test`" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert Profile.load(tmp_path / "profile_a_cpu.json").split is None
     assert not list(tmp_path.glob("*.png"))
 

@@ -196,6 +196,17 @@ def test_from_checkpoint(checkpoint, name):
     assert found.accuracy.keys() == {depth.name for depth in net.depths}
 
 
+def test_an_evaluation_of_other_weights_is_not_believed(checkpoint, tmp_path):
+    report = (checkpoint.parent / "per_depth.json").read_text()
+    (tmp_path / "per_depth.json").write_text(report)
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content, tmp_path / "same.ckpt")
+    assert Teammate.from_checkpoint(tmp_path / "same.ckpt").accuracy
+    content["state_dict"]["teammates.b.backbone.fc.bias"][3] += 1e-6
+    torch.save(content, tmp_path / "other.ckpt")
+    assert Teammate.from_checkpoint(tmp_path / "other.ckpt").accuracy == {}
+
+
 def test_checkpoint_that_does_not_name_its_data(tiny, tmp_path):
     team = tiny.team(b=None)
     trainer = tiny.trainer(tmp_path)

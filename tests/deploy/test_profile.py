@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from teamnet_pl.callbacks.depth_report import Row
 from teamnet_pl.deploy.profile import (
     Profile,
     ProfileRow,
@@ -119,15 +118,9 @@ def test_pareto_front():
 
 
 def test_accuracies_of_an_evaluation(profile):
-    rows = [
-        Row("test", net, depth, None, 1, 1, accuracy, None, 0, 0)
-        for net, depth, accuracy in [("a", "d1", 0.9), ("b", "d1", 0.1), ("a", "d0", 0.8)]
-    ]
-    found = with_accuracies(profile, rows, "a")
+    found = with_accuracies(profile, {"d1": 0.9, "d0": 0.8}, "test")
     assert found.split == "test"
     assert [own.accuracy for own in found.rows] == [0.9, 0.8, 0.9, 0.8]
-    with pytest.raises(ValueError, match="no d0 of Teammate b"):
-        with_accuracies(profile, rows, "b")
 
 
 def test_lines_of_the_table():
