@@ -126,13 +126,29 @@ def read_image(name: str, source: Path | BytesIO, channels: int) -> Image.Image:
     """
     try:
         with Image.open(source) as opened:
-            _check_mode(opened)
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("L" if channels == 1 else "RGB")
+            return converted(opened, channels)
     except Exception as error:  # Pillow's plugins raise whatever comes to them
         raise UnreadableImageError(f"{name}: {error}") from error
+
+
+def converted(image: Image.Image, channels: int) -> Image.Image:
+    """An image upright, with 8 bits in each of the wanted channels; see `read_image`.
+
+    Args:
+        image: Any image of Pillow's.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        An image of mode RGB or L.
+
+    Raises:
+        ValueError: It is of 32-bit values.
+    """
+    _check_mode(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _check_mode(image: Image.Image) -> None:
