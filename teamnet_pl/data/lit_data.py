@@ -75,9 +75,6 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
             )
         return self._image(name, image), number
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
     def _reader(self) -> Any:
         """One for each process: its files and threads don't survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
@@ -146,7 +143,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
             if pixels.ndim == 3 and pixels.shape[2] == 1:
                 pixels = pixels[:, :, 0]
             if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
-                return Image.fromarray(np.ascontiguousarray(pixels))
+                return Image.fromarray(pixels)
         found = type(value).__name__
         if isinstance(value, Image.Image):
             found += f" of mode {value.mode}"

@@ -318,7 +318,10 @@ def test_two_processes_share_evenly_without_loss(on_disk, tmp_path):
 
 
 def test_broken_images(on_disk):
-    on_disk.litdata(range(40), sample=lambda i: on_disk.png_and_label(i) if i != 17 else broken())
+    on_disk.litdata(
+        [on_disk.png_and_label(i) if i != 17 else broken() for i in range(40)],
+        sample=lambda found: found | {"image": litdata.Image(bytes=found["image"])},
+    )
     for split in ("val", "test"):
         on_disk.litdata(
             range(6), split, sample=lambda i: on_disk.png_and_label(i) if i != 3 else broken()
@@ -430,6 +433,40 @@ def test_a_folder_is_read_in_place(on_disk, tmp_path):
     assert len(list(data.train_dataloader())) == 10
     assert contents(on_disk.folder) == before
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("level", ["chunk", "batch", "sample"])
+def test_compressed_chunks_are_left_as_they_are(on_disk, tmp_path, level):
+    """litdata would put decompressed ones in their place."""
+    pytest.importorskip("zstd")
+    on_disk.litdata(
+        range(40),
+        sample=lambda i: SAMPLES["array"](on_disk, i),
+        compression="zstd",
+        compression_level=level,
+    )
+    before = contents(on_disk.folder / "train")
+    data = lit_data(on_disk, cache_dir=str(tmp_path / "cache"))
+    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
+    assert contents(on_disk.folder / "train") == before
+    assert len(list(tmp_path.glob("cache/**/*.bin"))) == (5 if level == "chunk" else 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_optimize_writes(on_disk):
+    litdata.optimize(
+        on_disk.png_and_label,
+        list(range(40)),
+        str(on_disk.folder / "train"),
+        chunk_bytes="16KB",
+        num_workers=2,
+        start_method="fork",
+        verbose=False,
+    )
+    data = lit_data(on_disk)
+    assert len(data.train_set.dataset.chunk_sizes) > 2
+    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
 
 
 @pytest.fixture
