@@ -20,7 +20,7 @@ from teamnet_pl.data.loading import EpochSampler, TransformedSubset, UnreadableI
 from teamnet_pl.optional import require
 
 _BLOCK = 256  # images that are shuffled together, as litdata reads so many rows at once
-_STORES = ("s3://", "gs://", "r2://", "azure://")
+_STORES = ("s3://", "gs://", "azure://")
 
 
 class ChunkedImages(Dataset[tuple[Image.Image, int]]):
@@ -193,8 +193,8 @@ class LitData(EncodedImageDataModule):
     (H, W) or (H, W, C), or a uint8 tensor of shape (C, H, W). A label is an integer.
 
     Each split is a folder, read in place, or an address that litdata opens: ``s3://...``,
-    ``gs://...``, ``azure://...``, ``r2://...``. From there chunks are downloaded whole, when their
-    first image is needed, and kept on the disk as space permits.
+    ``gs://...`` or ``azure://...``. From there chunks are downloaded whole, when their first image
+    is needed, and kept on the disk as space permits.
 
     An epoch takes the chunks in random order, of each the blocks of 256 images, and of each block
     the images, much as litdata does: have ``optimize`` write the images in random order, not class
@@ -310,8 +310,7 @@ def _location(address: str) -> str:
     if "://" in address:
         if not address.startswith(_STORES):
             raise ValueError(
-                f"litdata reads folders and addresses that start with {', '.join(_STORES)}, got "
-                f"{address}."
+                f"it must be a folder, or an address that starts with {', '.join(_STORES)}."
             )
         return address
     folder = Path(address).expanduser().resolve()

@@ -382,7 +382,12 @@ def test_a_late_label_is_named(on_disk):
     [
         ("fit", {"train": "/none"}, FileNotFoundError, "no /none/index.json: /none must be a fold"),
         ("fit", {"val": "/none"}, FileNotFoundError, "no /none/index.json: /none must be a folder"),
-        ("fit", {"train": "https://a"}, ValueError, r"start with s3://, .* got https://a\."),
+        (
+            "fit",
+            {"train": "https://a"},
+            ValueError,
+            r"https://a can't .* must be a folder, or .* s3://",
+        ),
         ("test", {"test": None}, ValueError, "no test images: set test"),
         ("fit", {"train_transform": v2.Pad(1)}, ValueError, r"train_transform .* \(3, 26, 26\)"),
         ("fit", {"image_size": 0}, ValueError, "image_size must be at least 1, got 0"),
@@ -497,3 +502,14 @@ def test_chunks_come_from_an_object_store_once(on_disk, serve, store, tmp_path, 
     assert numbers(on_disk, data.val_dataloader()) == list(range(7))
     whole = [line for line in serve.requests if line.startswith("GET") and ".bin" in line]
     assert len(whole) == len(set(whole)) == len(list(cache.rglob("*.bin"))) == 3
+
+
+def test_what_a_store_has_not_is_named(on_disk, store, tmp_path):
+    with pytest.raises(ValueError, match=r"s3://bucket/none can't be read by litdata: .*404"):
+        lit_data(on_disk, train=f"{store}/none", cache_dir=str(tmp_path))
+
+
+def test_a_missing_client_is_named(on_disk, monkeypatch):
+    monkeypatch.setattr(litdata.streaming.downloader, "_GOOGLE_STORAGE_AVAILABLE", False)
+    with pytest.raises(ModuleNotFoundError):
+        lit_data(on_disk, train="gs://bucket/train", cache_dir=str(on_disk.folder))
