@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from teamnet_pl.data import LitData
+from teamnet_pl.data import LitData, Statistics
 from teamnet_pl.data.lit_data import ChunkSampler
 from teamnet_pl.data.loading import UnreadableImageError
 
@@ -425,6 +425,13 @@ def test_statistics_of_the_data(on_disk):
     truth = np.stack([photo(on_disk, i) for i in range(40)]) / 255
     np.testing.assert_allclose(data.mean, truth.mean((0, 1, 2)))
     np.testing.assert_allclose(data.std, truth.std((0, 1, 2)))
+
+
+def test_statistics_fit_the_channels_before_anything_is_read():
+    options = {"num_classes": 3, "train": "s3://none", "val": "s3://none", "image_size": 24}
+    assert len(LitData(channels=1, **options).mean) == 1
+    with pytest.raises(ValueError, match=r"statistics.mean .* each of 1 channels, got 3"):
+        LitData(channels=1, statistics=Statistics([0.5] * 3, [0.5] * 3), **options)
 
 
 def contents(folder):
