@@ -6,6 +6,7 @@ from teamnet_pl.data.digits import Digits
 from teamnet_pl.data.folders import ImageFolder, ImageNet, Imagenette, TinyImageNet
 from teamnet_pl.data.hugging_face import HuggingFace
 from teamnet_pl.data.images import Statistics
+from teamnet_pl.data.lit_data import LitData
 from teamnet_pl.data.medmnist import MedMNIST
 from teamnet_pl.data.mnist import EMNIST, MNIST, FashionMNIST
 from teamnet_pl.data.random_images import RandomImages
@@ -24,6 +25,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "Imagenette",
+    "LitData",
     "MedMNIST",
     "RandomImages",
     "Shards",

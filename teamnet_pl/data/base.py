@@ -195,10 +195,10 @@ class ImageDataModule(LightningDataModule, ABC):
         # The same few in each epoch.
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             return DataLoader(self.train_set, **self._loader_options(self._mixes()))
-        processes, rank = self._processes()
+        processes, _ = self._processes()
         return ResumableLoader(
             self.train_set,
-            sampler=EpochSampler(self.train_set, self._seed, processes, rank),
+            sampler=self._sampler(),
             # Batch norm can't train on a last batch of one image.
             drop_last=len(self.train_set) // processes > self.batch_size,
             **self._loader_options(self._mixes()),
@@ -310,6 +310,9 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
                 f"input_shape is {self.input_shape}. The transform has to crop or resize to it."
             )
+
+    def _sampler(self) -> EpochSampler:
+        return EpochSampler(self.train_set, self._seed, *self._processes())
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which one this is."""

@@ -70,9 +70,12 @@ class EpochSampler(DistributedSampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         random = np.random.default_rng([self.seed, self.epoch])
         seeds = random.integers(2**32, size=self.images)
-        indices: list[int] = list(super().__iter__())  # type: ignore[arg-type]
-        for index in indices[self.start :]:
+        for index in self.order()[self.start :]:
             yield Draw(index, int(seeds[index]))
+
+    def order(self) -> list[int]:
+        """This process's images of the epoch, as many as of each other process."""
+        return list(super().__iter__())  # type: ignore[arg-type]
 
 
 class Resumable(ABC):

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import pickle
+import re
 import struct
 import tarfile
 import threading
@@ -272,6 +273,20 @@ class OnDisk:
             tar(self.folder / f"{name}-{index}.tar", members)
         return f"{self.folder}/{name}-{{0..{len(sizes) - 1}}}.tar"
 
+    def litdata(self, numbers, name="train", chunk_size=9, sample=None, **kwargs):
+        """Chunks of samples, each made of a number; by default dicts of a PNG file and a label."""
+        from litdata.streaming import Cache
+
+        writer = Cache(str(self.folder / name), chunk_size=chunk_size, **kwargs)
+        for index, number in enumerate(numbers):
+            writer[index] = (sample or self.png_and_label)(number)
+        writer.done()
+        writer.merge()
+        return self.folder / name
+
+    def png_and_label(self, number):
+        return {"image": encoded(pixels(1, 24, seed=number)[0], "PNG"), "label": number % 3}
+
     def parquet(self, labels=None, kind="class", more=(), splits=("train", "validation", "test")):
         """Files as on the Hub: images as bytes, and the features in the schema.
 
@@ -325,6 +340,19 @@ def serve():
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             start.requests.append(self.requestline)
+
+        def do_GET(self):
+            """Parts of files too, as object stores have it."""
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if not part:
+                return super().do_GET()
+            first, last = map(int, part.groups())
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.end_headers()
+            self.wfile.write(content[first : last + 1])
 
     def start(folder):
         handler = functools.partial(Handler, directory=folder)

@@ -26,6 +26,7 @@ CASES = {
     "image_folder": ["--data.image_size", 32],
     "imagenet": ["--data.image_size", 32, "--data.val_fraction", 0.25],
     "imagenette": ["--data.image_size", 32],
+    "litdata": ["--data.num_classes", 3, "--data.image_size", 24],
     "medmnist": ["--data.val_fraction", "null"],  # it has a validation split
     "mnist": [],
     "random": ["--data.train_images", 100, "--data.test_images", 20],
@@ -94,6 +95,9 @@ def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
     options = CASES[name]
     if name == "hugging_face":
         options = ["--data.path", on_disk.parquet(), *options]
+    elif name == "litdata":
+        for split, count in {"train": 50, "val": 10, "test": 12}.items():
+            options = [f"--data.{split}", on_disk.litdata(range(count), split), *options]
     elif name == "shards":
         for split, sizes in {"train": [25, 25], "val": [10], "test": [7, 5]}.items():
             options = [f"--data.{split}", on_disk.shards(sizes, split), *options]

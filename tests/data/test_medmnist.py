@@ -7,7 +7,7 @@ import torch
 
 from teamnet_pl.data import MedMNIST
 
-SHARDS = Path(__file__).parents[2] / "configs/data/shards.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs/data"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,8 @@ def test_what_is_not_for_classifiers_of_images(name):
     [
         ("medmnist", "medmnist", ["--data", "MedMNIST"]),
         ("datasets", "huggingface", ["--data", "HuggingFace", "--data.path", "any"]),
-        ("webdataset", "webdataset", ["--config", SHARDS]),
+        ("litdata", "litdata", ["--config", CONFIGS / "litdata.yaml"]),
+        ("webdataset", "webdataset", ["--config", CONFIGS / "shards.yaml"]),
     ],
 )
 def test_a_missing_library_is_named(cli, capsys, tmp_path, monkeypatch, module, extra, options):
