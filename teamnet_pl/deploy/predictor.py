@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from teamnet_pl.deploy.controller import DepthController
+from teamnet_pl.deploy.controller import WINDOW, DepthController
 from teamnet_pl.deploy.images import Images, Preprocessing
 from teamnet_pl.deploy.loading import load_preprocessing, load_teammate
 from teamnet_pl.deploy.profile import Profile, profile_depths, run_timed
@@ -101,6 +102,7 @@ class Predictor:
             profile = profile_depths(net, views, batch_sizes, CALIBRATION_RUNS)
         self._check(profile, next(net.parameters()).device)
         self.controller = DepthController(self.depths, profile.expected_ms)
+        self._waits: deque[float] = deque(maxlen=WINDOW)  # of the last calls, while images are read
         # Whatever the profile says, what the machine does now is not known without a run.
         image = example_images(torch.nn.Module(), 1, net.input_shape)
         for view in views.values():
@@ -176,19 +178,24 @@ class Predictor:
             ValueError: If more than one budget is given, it is not positive, there is no such depth
                 or none takes so little arithmetic, or an image is none or has the wrong shape.
         """
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.thread_time()
         if sum(budget is not None for budget in (budget_ms, macs, depth)) > 1:
             raise ValueError("Pass one of budget_ms, macs and depth, found more.")
         fixed = self.depth_for(macs, depth)
         if budget_ms is not None:
             check_budget(budget_ms)
         batch = self.preprocessing(images)
+        work_ms = 1000 * (time.thread_time() - worked)
+        waited_ms = 1000 * (time.perf_counter() - begin) - work_ms
+        self._waits.append(waited_ms)
+        # Waiting for a disk is part of each call. More than that is the machine's load, which the
+        # controller holds: else whether it hits the reading or the run would change the depth.
+        least_ms = min([*self._waits])
         if budget_ms is None:
             chosen = fixed or self.depths[0]
         else:
-            left = budget_ms - 1000 * (time.perf_counter() - begin)
-            chosen = self.controller.choose(left, len(batch))
-        probabilities = self.run(batch, chosen)
+            chosen = self.controller.choose(budget_ms - work_ms - least_ms, len(batch))
+        probabilities = self.run(batch, chosen, waited_ms - least_ms)
         return Prediction(probabilities, chosen, 1000 * (time.perf_counter() - begin))
 
     def depth_for(self, macs: int | None = None, depth: str | None = None) -> str | None:
@@ -209,18 +216,19 @@ class Predictor:
             f"than {macs:,}."
         )
 
-    def run(self, batch: Tensor, depth: str) -> Tensor:
+    def run(self, batch: Tensor, depth: str, lost_ms: float = 0.0) -> Tensor:
         """Runs one depth, and lets the controller know what it took.
 
         Args:
             batch: Preprocessed images, shape ``(N, channels, height, width)``.
             depth: Name of the depth.
+            lost_ms: Milliseconds that the machine's load has cost the call before.
 
         Returns:
             Class probabilities, shape ``(N, classes)``.
         """
         probabilities, taken_ms = run_timed(self._views[depth], batch)
-        self.controller.observe(depth, len(batch), taken_ms)
+        self.controller.observe(depth, len(batch), lost_ms + taken_ms)
         return probabilities
 
 
