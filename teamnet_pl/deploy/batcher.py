@@ -15,9 +15,12 @@ from torch import Tensor
 
 from teamnet_pl.deploy.predictor import Predictor
 
+HOLD_UPS = 1.25
+"""How many times their time batches are planned to take, but for the next one."""
+
 
 class OverloadedError(Exception):
-    """Not even the shallowest depth could answer all that wait in time."""
+    """Not even the shallowest depth can answer all that wait in time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Batcher:
 
     A batch is what waits when the last one is done. Its depth is the deepest with which all that
     wait, at that pace, are answered in time; the shallowest where any was refused meanwhile, since
-    those no longer wait. So the more there are, the shallower they run: depth gives way first.
+    those no longer wait. So the more there are, the shallower they run: depth gives way first. Who
+    can no longer be in time, since something held up the batches before, gives way to who can.
 
     Args:
         predictor: The net. Batches run on a thread of their own, one at a time.
@@ -96,7 +100,8 @@ class Batcher:
             depth: Name of the depth to run; by default the deepest that there is time for.
 
         Raises:
-            OverloadedError: If other requests leave too little time for the shallowest depth.
+            OverloadedError: If other requests leave too little time for the shallowest depth, now
+                or by the time it is its turn.
         """
         self.admit(arrived, budget_ms, depth)
         request = _Request(image, arrived, arrived + budget_ms / 1000, depth)
@@ -133,10 +138,11 @@ class Batcher:
     def _pace_ms(self, deadlines: Sequence[float], now: float) -> float:
         """Milliseconds that each batch may take so that all that wait are in time.
 
-        Of several batches one may be slow; that all are is so rare that it is not planned for.
+        Of several batches one may be slow; that all are is so rare that it is not planned for. But
+        the longer the queue, the more may hold it up.
         """
-        typical, size = self._predictor.controller.typical, self._max_batch_size
-        left = ((own - now) / (1 + i // size * typical) for i, own in enumerate(deadlines))
+        later, size = HOLD_UPS * self._predictor.controller.typical, self._max_batch_size
+        left = ((own - now) / (1 + i // size * later) for i, own in enumerate(deadlines))
         return 1000 * min(left)
 
     async def run(self) -> None:
@@ -147,8 +153,26 @@ class Batcher:
                 await self._wakes.wait()
             await self._run_batch()
 
+    def _refuse_late(self, now: float) -> None:
+        """Refuses who cannot be in time any more, if there are others who can."""
+        controller = self._predictor.controller
+        late = {
+            id(r): r
+            for r in self._waiting
+            if now + controller.estimate_ms(r.depth or controller.depths[-1]) / 1000 > r.deadline
+        }
+        if len(late) == len(self._waiting):
+            return
+        self._waiting = [request for request in self._waiting if id(request) not in late]
+        for request in late.values():
+            if not request.answer.done():
+                waited_ms = 1000 * (now - request.arrived)
+                message = f"After {waited_ms:.1f} ms there is no time left, and others wait."
+                request.answer.set_exception(OverloadedError(message))
+
     async def _run_batch(self) -> None:
         now = self._clock()
+        self._refuse_late(now)
         controller = self._predictor.controller
         depth = self._waiting[0].depth
         batch = [r for r in self._waiting if r.depth == depth][: self._max_batch_size]
