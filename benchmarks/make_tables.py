@@ -191,16 +191,19 @@ def stress(name: str) -> str:
             f"{row['median_ms']:.1f}",
             f"{row['p95_ms']:.1f}",
             f"{row['misses']:.1%}",
+            str(row["switches"]),
             shares(row["depths"]),
         ]
         for row in result["rows"]
     ]
-    header = ["", "phase", "core taken", "median, ms", "p95, ms", "missed", "depths"]
+    header = [
+        "", "phase", "core taken", "median, ms", "p95, ms", "missed", "switches", "depths",
+    ]  # fmt: skip
     first = result["rows"][0]
     price = (
         f"Budget: {result['settings']['budget_ms']:.1f} ms. Choosing a depth took "
         f"{first['choice_us']:.1f} µs; the {first['views']} views took {first['views_ms']:.0f} ms "
-        f"to make and {first['views_bytes'] / 2**20:.1f} MiB."
+        f"to make and copied {first['views_bytes']} bytes of weights."
     )
     return f"{markdown(header, rows)}\n\n{price}{source(result)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from teamnet_pl.deploy import Predictor
 from teamnet_pl.deploy.images import MAX_PIXELS
+from teamnet_pl.optional import require
 
 
 def serve_teammate(
@@ -40,17 +41,11 @@ def serve_teammate(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint of a team or has no such Teammate or depth, there is no
-            such device, the profile is of another net, a number is not positive, or what a server
-            needs is not installed.
+            such device, the profile is of another net, or a number is not positive.
+        ModuleNotFoundError: If the extra ``serve`` is not installed.
     """
-    try:
-        import uvicorn
-
-        from teamnet_pl.deploy.server import Server
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"A server needs {error.name}, which is not installed: pip install 'teamnet_pl[serve]'"
-        ) from error
+    uvicorn = require("uvicorn", "serve")
+    server = require("teamnet_pl.deploy.server", "serve")
     predictor = Predictor.from_checkpoint(
         ckpt_path,
         teammate,
@@ -59,7 +54,7 @@ def serve_teammate(
         depths=depths,
         batch_sizes=(1, max_batch_size),
     )
-    server = Server(
+    endpoints = server.Server(
         predictor,
         budget_ms=budget_ms,
         max_batch_size=max_batch_size,
@@ -67,4 +62,4 @@ def serve_teammate(
         max_pixels=max_pixels,
     )
     # Of those that are connected at once, each may have a body in memory.
-    uvicorn.run(server.app(), host=host, port=port, access_log=False, limit_concurrency=512)
+    uvicorn.run(endpoints.app(), host=host, port=port, access_log=False, limit_concurrency=512)

@@ -35,5 +35,5 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.server")
-    with pytest.raises(ValueError, match=r"pip install 'teamnet_pl\[serve\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'teamnet_pl\[serve\]'"):
         serve_teammate(str(checkpoint))
