@@ -176,12 +176,12 @@ def test_compatibility_of_a_sample(script, tmp_path):
 def test_compatibility_of_all(script, tmp_path, pytestconfig):
     """The committed results are those of this code, where the library's smallest model is."""
     out = tmp_path / "out.json"
-    done = script("compatibility.py", "--max-parameters", 20_000_000, "--out", out)
+    done = script("compatibility.py", "--max-parameters", 5_000_000, "--out", out)
     assert done.returncode == 0, done.stderr
     committed = pytestconfig.rootpath / "benchmarks" / "results" / "compatibility.json"
     expected = {row["model"]: row for row in json.loads(committed.read_text())["rows"]}
     rows = [row for row in json.loads(out.read_text())["rows"] if row["model"] in expected]
-    assert len(rows) > 60
+    assert len(rows) > 35
     for row in rows:
         for key in ("result", "stages", "blocks"):
             assert row.get(key) == expected[row["model"]].get(key), row["model"]
