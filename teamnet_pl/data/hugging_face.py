@@ -48,14 +48,15 @@ class HuggingFace(EncodedImageDataModule):
     """Any dataset of images that Hugging Face's ``datasets`` loads.
 
     Classes, channels and, without an ``image_size``, the resolution are those of the training
-    images. The library downloads what it needs once on each machine and keeps it in its cache;
-    ``HF_HUB_OFFLINE=1`` keeps it to that.
+    images. The library downloads what it needs once on each machine and keeps it in its cache, in
+    ``~/.cache/huggingface`` or what ``HF_HOME`` says; ``HF_HUB_OFFLINE=1`` keeps it to that.
 
     Args:
         path: Name of a dataset on the Hub, such as ``uoft-cs/cifar10``, or a folder with files that
             the library reads, such as ``train-00000.parquet`` and ``test-00000.parquet``.
         name: Which configuration of it, if it has several.
         revision: Which version on the Hub: a branch, tag or commit.
+        download: Whether ``path`` may be on the Hub; else it is a folder.
         train: Name of the training split.
         val: Name of the validation split. Where there is none, or with a ``val_fraction``, it is
             cut from the training split.
@@ -78,6 +79,7 @@ class HuggingFace(EncodedImageDataModule):
         path: str,
         name: str | None = None,
         revision: str | None = None,
+        download: bool = True,
         train: str = "train",
         val: str = "validation",
         test: str = "test",
@@ -88,7 +90,13 @@ class HuggingFace(EncodedImageDataModule):
     ) -> None:
         super().__init__(image_size=image_size, **kwargs)
         library = require("datasets", "huggingface")
-        self.path = str(Path(path).expanduser())
+        folder = Path(path).expanduser()
+        if not download and not folder.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {folder.absolute()} with files of splits, such as "
+                f"{train}-00000.parquet. Set path to it, or download=True if it is on the Hub."
+            )
+        self.path = str(folder)
         try:
             self.splits = library.load_dataset(self.path, name, revision=revision)
         except (OSError, library.exceptions.DatasetsError) as error:

@@ -122,6 +122,17 @@ def test_no_such_dataset(on_disk, tmp_path, monkeypatch):
         HuggingFace(path=f"{tmp_path}/empty")
 
 
+def test_without_download_only_a_folder_will_do(on_disk, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("asked the Hub")
+
+    root = on_disk.parquet()
+    HuggingFace(path=str(root), download=False)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match=r"no folder /.*/uoft-cs/cifar10 .*0.parquet"):
+        HuggingFace(path="uoft-cs/cifar10", download=False)
+
+
 def test_images_in_files_beside_them(on_disk, tmp_path):
     """As the library's own ImageFolder has them."""
     on_disk.parquet()
