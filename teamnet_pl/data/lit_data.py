@@ -12,7 +12,6 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.images import EncodedImageDataModule, Statistics, read_image, upright
@@ -213,14 +212,9 @@ class LitData(EncodedImageDataModule):
         label_key: Name of the label.
         cache_dir: Where chunks from elsewhere are kept; ``None`` for ``~/.lightning/chunks``, or
             what ``LITDATA_CACHE_DIR`` says.
-        batch_size: See :class:`ImageDataModule`, as all of the following.
-        num_workers: Likewise.
-        train_transform: Likewise.
-        extra_transform: Likewise.
-        mixup_alpha: Likewise.
-        cutmix_alpha: Likewise.
         statistics: See :class:`EncodedImageDataModule`.
-        on_error: Likewise.
+        **kwargs: Arguments of :class:`EncodedImageDataModule`, but for those that cut or choose
+            images.
 
     Raises:
         ModuleNotFoundError: litdata isn't installed.
@@ -243,25 +237,16 @@ class LitData(EncodedImageDataModule):
         image_key: str = "image",
         label_key: str = "label",
         cache_dir: str | None = None,
-        batch_size: int = 128,
-        num_workers: int | None = None,
-        train_transform: v2.Transform | list[v2.Transform] | None = None,
-        extra_transform: v2.Transform | list[v2.Transform] = [],  # noqa: B006 (never changed)
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
         statistics: Literal["imagenet", "data"] | Statistics = "imagenet",
-        on_error: Literal["raise", "skip"] = "raise",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            train_transform=train_transform,
-            extra_transform=extra_transform,
-            mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
             statistics=statistics,
-            on_error=on_error,
+            val_fraction=None,
+            train_size=None,
+            split_seed=0,
+            **kwargs,
         )
         require("litdata", "litdata")
         self.num_classes = num_classes

@@ -194,15 +194,10 @@ class Shards(EncodedImageDataModule):
         channels: 3 for RGB, 1 for grey.
         image_size: Height and width in pixels that images are brought to.
         buffer: How many encoded images each worker draws the next one from.
-        batch_size: See :class:`ImageDataModule`, as all of the following.
-        num_workers: Likewise.
-        train_transform: Likewise.
-        extra_transform: Likewise.
-        mixup_alpha: Likewise.
-        cutmix_alpha: Likewise.
         statistics: What to normalise by: "imagenet", or mean and standard deviation of each
             channel.
-        on_error: See :class:`EncodedImageDataModule`. In training, the stream goes on.
+        **kwargs: Arguments of :class:`EncodedImageDataModule`, but for those that cut or choose
+            images. With ``on_error: skip`` the training stream goes on.
 
     Raises:
         ModuleNotFoundError: webdataset isn't installed.
@@ -222,25 +217,16 @@ class Shards(EncodedImageDataModule):
         channels: Literal[1, 3] = 3,
         image_size: int = 224,
         buffer: int = 1000,
-        batch_size: int = 128,
-        num_workers: int | None = None,
-        train_transform: v2.Transform | list[v2.Transform] | None = None,
-        extra_transform: v2.Transform | list[v2.Transform] = [],  # noqa: B006 (never changed)
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
         statistics: Literal["imagenet"] | Statistics = "imagenet",
-        on_error: Literal["raise", "skip"] = "raise",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            train_transform=train_transform,
-            extra_transform=extra_transform,
-            mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
             statistics=statistics,
-            on_error=on_error,
+            val_fraction=None,
+            train_size=None,
+            split_seed=0,
+            **kwargs,
         )
         library = require("webdataset", "webdataset")
         if buffer < 1:
