@@ -26,8 +26,8 @@ def profile_teammate(
 
     Prints a table, and saves ``profile_<teammate>_<device>.json`` beside the checkpoint. With the
     accuracies of ``per_depth.json`` there, if it is of these very weights, it also draws accuracy
-    against latency. On the
-    processor, ``OMP_NUM_THREADS`` sets the number of threads, as for all of torch.
+    against latency. On the processor, ``OMP_NUM_THREADS`` sets the number of threads, as for all of
+    torch.
 
     Args:
         ckpt_path: The checkpoint.

@@ -67,16 +67,8 @@ class EncodedImages(Dataset[tuple[Image.Image, int]]):
         """The image and its label; raises `UnreadableImageError`."""
         name, source = self.source(index)
         image = read_image(name, source, self.channels)
-        self.check_size(name, (image.height, image.width))
+        check_size(name, (image.height, image.width), self.size)
         return image, int(self.labels[index])
-
-    def check_size(self, name: str, size: tuple[int, int]) -> None:
-        """Raises `UnreadableImageError` if the size isn't that of all images."""
-        if self.size not in (None, size):
-            raise UnreadableImageError(
-                f"{name} has {size[0]}x{size[1]} pixels, the others {self.size[0]}x{self.size[1]}. "
-                "Set image_size, or scale it."
-            )
 
 
 class ImageFiles(EncodedImages):
@@ -105,6 +97,24 @@ class ImageFiles(EncodedImages):
         """The path, as text and as such."""
         path = os.fsdecode(self.paths[index])
         return path, Path(path)
+
+
+def check_size(name: str, size: tuple[int, int], others: tuple[int, int] | None) -> None:
+    """Refuses an image of another size than all have.
+
+    Args:
+        name: What to call it in an error.
+        size: Its height and width.
+        others: Those of all images; ``None`` if they may differ.
+
+    Raises:
+        UnreadableImageError: They differ.
+    """
+    if others not in (None, size):
+        raise UnreadableImageError(
+            f"{name} has {size[0]}x{size[1]} pixels, the others {others[0]}x{others[1]}. "
+            "Set image_size, or scale it."
+        )
 
 
 def read_image(name: str, source: Path | BytesIO, channels: int) -> Image.Image:
@@ -184,7 +194,7 @@ def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, in
                 _check_mode(image)
                 turned = image.getexif().get(0x0112, 1) >= 5
                 size = (image.width, image.height) if turned else (image.height, image.width)
-                images.check_size(name, size)
+                check_size(name, size, images.size)
                 sizes.add(size)
                 grey &= image.mode in _GREY or (image.mode == "I")
         except Exception as error:

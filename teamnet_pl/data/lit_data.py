@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.images import EncodedImageDataModule, Statistics, read_image, upright
-from teamnet_pl.data.loading import EpochSampler, TransformedSubset, UnreadableImageError
+from teamnet_pl.data.images import (
+    EncodedImageDataModule,
+    Statistics,
+    check_size,
+    read_image,
+    upright,
+)
+from teamnet_pl.data.loading import EpochSampler, TransformedSubset
 from teamnet_pl.optional import require
 
 _BLOCK = 256  # images that are shuffled together, as litdata reads so many rows at once
@@ -125,11 +131,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
             image = read_image(name, BytesIO(value), self.channels)
         else:
             image = upright(self._from_pixels(name, value), self.channels)
-        if self.size not in (None, (image.height, image.width)):
-            raise UnreadableImageError(
-                f"{name} has {image.height}x{image.width} pixels, the others "
-                f"{self.size[0]}x{self.size[1]}. Set image_size, or scale it."
-            )
+        check_size(name, (image.height, image.width), self.size)
         return image
 
     def _from_pixels(self, name: str, value: Any) -> Image.Image:

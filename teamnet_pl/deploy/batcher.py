@@ -40,13 +40,17 @@ class Answer:
     waited_ms: float
 
 
-@dataclass
+@dataclass(eq=False)  # each is only equal to itself
 class _Request:
     image: Tensor
     arrived: float
     deadline: float
     depth: str | None  # None: whatever the deadline allows
     answer: asyncio.Future[Answer] = field(default_factory=asyncio.Future)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():  # nor has its client gone
+            self.answer.set_exception(error)
 
 
 class Batcher:
@@ -156,19 +160,23 @@ class Batcher:
     def _refuse_late(self, now: float) -> None:
         """Refuses who cannot be in time any more, if there are others who can."""
         controller = self._predictor.controller
-        late = {
-            id(r): r
+        late = [
+            r
             for r in self._waiting
             if now + controller.estimate_ms(r.depth or controller.depths[-1]) / 1000 > r.deadline
-        }
+        ]
         if len(late) == len(self._waiting):
             return
-        self._waiting = [request for request in self._waiting if id(request) not in late]
-        for request in late.values():
-            if not request.answer.done():
-                waited_ms = 1000 * (now - request.arrived)
-                message = f"After {waited_ms:.1f} ms there is no time left, and others wait."
-                request.answer.set_exception(OverloadedError(message))
+        self._take(late)
+        for request in late:
+            waited_ms = 1000 * (now - request.arrived)
+            message = f"After {waited_ms:.1f} ms there is no time left, and others wait."
+            request.fail(OverloadedError(message))
+
+    def _take(self, requests: list[_Request]) -> None:
+        """Has some wait no longer."""
+        taken = set(requests)
+        self._waiting = [request for request in self._waiting if request not in taken]
 
     async def _run_batch(self) -> None:
         now = self._clock()
@@ -181,8 +189,7 @@ class Batcher:
             pace_ms = 0.0 if self._refused else self._pace_ms(deadlines, now)
             depth = controller.choose(pace_ms, len(batch))
         self._refused = False
-        taken = {id(request) for request in batch}
-        self._waiting = [request for request in self._waiting if id(request) not in taken]
+        self._take(batch)
         images = torch.stack([request.image for request in batch])
         self._done_at = now + controller.estimate_ms(depth, len(batch)) / 1000
         loop = asyncio.get_running_loop()
@@ -190,12 +197,11 @@ class Batcher:
             found = await loop.run_in_executor(self._thread, self._predictor.run, images, depth)
         except Exception as error:
             for request in batch:
-                if not request.answer.done():
-                    request.answer.set_exception(error)
+                request.fail(error)
             return
         finally:
             self._done_at = None
         for request, own in zip(batch, found, strict=True):
-            if not request.answer.done():  # nor has its client gone
+            if not request.answer.done():
                 waited_ms = 1000 * (now - request.arrived)
                 request.answer.set_result(Answer(own, depth, len(batch), waited_ms))

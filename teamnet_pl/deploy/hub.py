@@ -149,9 +149,11 @@ class Teammate(
             raise ValueError(f"The team in {path} has the Teammates {there}; found {name}.")
         data = checkpointed_data(checkpoint)
         report = Path(path).parent / "per_depth.json"
-        rows = json.loads(report.read_text()) if report.is_file() else []
-        weights = weights_digest(state)
-        rows = [row for row in rows if row["net"] == name and row.get("weights") == weights]
+        rows = []
+        if report.is_file():
+            weights = weights_digest(state)
+            rows = json.loads(report.read_text())
+            rows = [row for row in rows if row["net"] == name and row.get("weights") == weights]
         teammate = cls(
             hparams["num_classes"],
             hparams["input_shape"],

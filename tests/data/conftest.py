@@ -14,10 +14,12 @@ import threading
 import zipfile
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet
 import pytest
 import scipy.io
+import torch
 from PIL import Image
 from torchvision import datasets
 
@@ -330,6 +332,48 @@ def on_disk(tmp_path, monkeypatch):
     for function in (encoded, md5, pixels, tar):
         setattr(found, function.__name__, function)
     return found
+
+
+class Recorder(pl.LightningModule):
+    """Keeps what it is given, and saves it for each process."""
+
+    def __init__(self, folder) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.folder, self.seen, self.evaluated = folder, [], []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, _):
+        self.seen += batch
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, _):
+        self.evaluated += batch
+
+    def on_fit_end(self):
+        torch.save((self.seen, self.evaluated), self.folder / f"{self.global_rank}.pt")
+
+
+@pytest.fixture
+def record():
+    """Two epochs of a `Recorder`, from a checkpoint if given; checkpoints every so many steps."""
+
+    def run(folder, data, every=None, ckpt_path=None, **kwargs):
+        model, callbacks = Recorder(folder), []
+        if every:
+            options = {"save_top_k": -1, "every_n_train_steps": every}
+            callbacks = [pl.callbacks.ModelCheckpoint(folder, "{step}", **options)]
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=2, callbacks=callbacks, logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=bool(callbacks), **kwargs,
+        )  # fmt: skip
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return model
+
+    return run
 
 
 @pytest.fixture

@@ -224,43 +224,12 @@ def test_loaders_pickle_for_spawned_workers(on_disk):
     assert same(flat(copied), flat(expected))
 
 
-class Recorder(pl.LightningModule):
-    """Keeps what it is given, and saves it for each process."""
-
-    def __init__(self, folder) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.folder, self.seen, self.evaluated = folder, [], []
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch, _):
-        self.seen += batch
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch, _):
-        self.evaluated += batch
-
-    def on_fit_end(self):
-        torch.save((self.seen, self.evaluated), self.folder / f"{self.global_rank}.pt")
-
-
-def fit(folder, data, callbacks=(), ckpt_path=None, **kwargs):
-    model = Recorder(folder)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, callbacks=list(callbacks), logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        enable_checkpointing=bool(callbacks), **kwargs,
-    )  # fmt: skip
-    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    return model
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize(("every", "on_error"), [(14, "raise"), (3, "skip"), (10, "raise")])
-def test_a_resumed_run_goes_on_with_the_same_batches(on_disk, tmp_path, workers, every, on_error):
+def test_a_resumed_run_goes_on_with_the_same_batches(
+    on_disk, record, tmp_path, workers, every, on_error
+):
     def run(num_workers, ckpt_path=None):
         data = lit_data(
             on_disk,
@@ -269,10 +238,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(on_disk, tmp_path, workers,
             train_transform=v2.ColorJitter(0.5),
             on_error=on_error,
         )
-        callback = pl.callbacks.ModelCheckpoint(
-            tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every
-        )
-        return fit(tmp_path, data, [callback], ckpt_path).seen
+        return record(tmp_path, data, every, ckpt_path).seen
 
     if on_error == "skip":
         on_disk.litdata(
@@ -302,10 +268,10 @@ def test_two_processes_share_the_order_of_one(on_disk, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_share_evenly_without_loss(on_disk, tmp_path):
+def test_two_processes_share_evenly_without_loss(on_disk, record, tmp_path):
     on_disk.litdata(range(39))
     data = lit_data(on_disk, batch_size=20)
-    fit(tmp_path, data, strategy="ddp_fork", devices=2)
+    record(tmp_path, data, strategy="ddp_fork", devices=2, num_sanity_val_steps=0)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for seen, evaluated in shares:
         assert [len(part) for part in seen] == [20] * 4  # two epochs of a batch

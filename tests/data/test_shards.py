@@ -86,23 +86,6 @@ def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
     assert order[:40] != order[40:]
 
 
-class Recorder(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch, _):
-        self.seen += batch
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch, _):
-        pass
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("num_workers", "every", "on_error"),
@@ -116,9 +99,9 @@ class Recorder(pl.LightningModule):
     ],
 )
 def test_a_resumed_run_goes_on_with_the_same_batches(
-    on_disk, tmp_path, num_workers, every, on_error
+    on_disk, record, tmp_path, num_workers, every, on_error
 ):
-    def run(**kwargs):
+    def run(ckpt_path=None):
         data = shards(
             on_disk,
             num_workers=num_workers,
@@ -129,16 +112,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
         if on_error == "skip":
             path = on_disk.folder / "train-1.tar"
             path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 2))
-        model = Recorder()
-        callback = pl.callbacks.ModelCheckpoint(
-            tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every
-        )
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=2, callbacks=[callback], logger=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(model, datamodule=data, **kwargs)
-        return model.seen
+        return record(tmp_path, data, every, ckpt_path).seen
 
     whole = run()
     assert len(whole) == 2 * 20
