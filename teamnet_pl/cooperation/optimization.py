@@ -10,7 +10,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
+from timm.optim import (  # type: ignore[attr-defined]
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+)
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -45,8 +49,13 @@ class OptimizerConfig:
         """Makes the optimiser of all parameters of a module that need a gradient.
 
         Raises:
-            ValueError: If the optimiser does not take the options.
+            ValueError: If the optimiser does not take the options or needs what is not here.
         """
+        info = get_optimizer_info(self.name.lower())
+        ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
+        for option in self.options:
+            if ignored.get(option):
+                raise ValueError(f"The optimiser {self.name} has no option {option!r}.")
         try:
             optimizer: Optimizer = create_optimizer_v2(
                 module,
@@ -60,6 +69,8 @@ class OptimizerConfig:
             raise ValueError(
                 f"The optimiser {self.name} does not take the options {self.options}: {error}."
             ) from error
+        except AssertionError as error:  # of those from bitsandbytes and Apex
+            raise ValueError(f"The optimiser {self.name} cannot run here: {error}.") from error
         return optimizer
 
 

@@ -104,6 +104,25 @@ def test_options_that_an_optimizer_does_not_take_are_refused():
         OptimizerConfig("sgd", options={"moment": 0.9}).create(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "ignored"),
+    [
+        ("sgd", {"betas": (0.9, 0.95)}, "betas"),
+        ("SGD", {"dampening": 0.1, "eps": 1e-6}, "eps"),
+        ("lion", {"betas": (0.9, 0.95), "eps": 1e-6}, "eps"),
+    ],
+)
+def test_options_that_timm_would_ignore_are_refused(name, options, ignored):
+    with pytest.raises(ValueError, match=f"{name} has no option '{ignored}'"):
+        OptimizerConfig(name, options=options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_an_optimizer_that_needs_what_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="bnbadamw cannot run here: CUDA"):
+        OptimizerConfig("bnbadamw")
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("per_depth_affine", [False, True])
 def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
