@@ -40,7 +40,7 @@ def packed_forward(name: str) -> str:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     header = [
         "net", "loop, ms", "packed, ms", "times as fast", "ceiling", "share of ceiling",
-        "blocks run, ratio", "peak memory, ratio",
+        "blocks run, ratio", "peak memory, ratio", "checkpointing: time", "memory",
     ]  # fmt: skip
     rows = [
         [
@@ -52,6 +52,8 @@ def packed_forward(name: str) -> str:
             f"{row['share_of_ceiling']:.0%}",
             f"{row['blocks_ratio']:.2f}",
             f"{row['memory_ratio']:.2f}",
+            f"{row['checkpointed_time_ratio']:.2f}",
+            f"{row['checkpointed_memory_ratio']:.2f}",
         ]
         for row in result["rows"]
     ]

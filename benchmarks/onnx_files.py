@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from packed_forward import CASES, Case, resident
+from packed_forward import CASES, Case
 from results_file import save_results
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
@@ -92,12 +92,18 @@ def memory(paths: Sequence[Path], inputs: dict[str, Any]) -> int:
 
 
 def _memory(paths: Sequence[Path], inputs: dict[str, Any]) -> int:
-    before = resident("VmRSS")
+    before = resident()
     sessions = [session(path, threads=1) for path in paths]
     for each in sessions:
         each.run(None, {value.name: inputs[value.name] for value in each.get_inputs()})
     ctypes.CDLL(None).malloc_trim(0)  # what loading alone needed
-    return resident("VmRSS") - before
+    return resident() - before
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The packed step against the usual loop of one forward and backward for each depth.
 
-Both run in turn in one process, in training mode, and the medians are compared. Peak memory is
-measured in a process of its own for each. Two ratios tell how much there is to gain: that of
-skippable blocks run, and that of all arithmetic (what is not skippable runs for every stream).
-The second is the ceiling. Example::
+The loop, the packed step and the packed step with gradient checkpointing run in turn in one
+process, in training mode. Compared are medians, and peaks of memory for tensors beyond the net and
+its batch. Two ratios tell how much there is to gain: that of skippable blocks run, and that of all
+arithmetic (what is not skippable runs for every stream). The second is the ceiling. Example::
 
     python benchmarks/packed_forward.py --out benchmarks/results/packed_forward.json
 """
@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
+from teamnet_pl.deploy.profile import peak_bytes
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.elastic.streams import SkippableForward
 
@@ -55,12 +53,20 @@ CASES = [
 class Steps:
     """One net and one batch; each method is a forward and backward at all depths."""
 
-    def __init__(self, args: argparse.Namespace, case: Case) -> None:
+    def __init__(
+        self, args: argparse.Namespace, case: Case, grad_checkpointing: bool = False
+    ) -> None:
         torch.manual_seed(0)
         config = BackboneConfig(case.backbone, case.options)
         backbone = create_backbone(config, num_classes=10, in_channels=3)
         shape = (3, case.size, case.size)
-        self.net = ElasticNet(backbone, shape, depths=args.depths, policy=args.policy)
+        self.net = ElasticNet(
+            backbone,
+            shape,
+            depths=args.depths,
+            policy=args.policy,
+            grad_checkpointing=grad_checkpointing,
+        )
         self.net.train().to(args.device)
         self.images = torch.randn(args.batch_size, *shape, device=args.device)
         self.labels = torch.randint(0, 10, (args.batch_size,), device=args.device)
@@ -80,6 +86,13 @@ class Steps:
         (F.cross_entropy(logits.flatten(0, 1), self.labels.repeat(depths)) * depths).backward()
 
 
+def all_steps(args: argparse.Namespace, case: Case) -> dict[str, Callable[[], None]]:
+    """What is measured, by its name."""
+    steps = Steps(args, case)
+    checkpointed = Steps(args, case, grad_checkpointing=True)
+    return {"loop": steps.loop, "packed": steps.packed, "checkpointed": checkpointed.packed}
+
+
 def seconds(step: Callable[[], None], device: str) -> float:
     """Wall time of one step."""
     begin = time.perf_counter()
@@ -87,26 +100,6 @@ def seconds(step: Callable[[], None], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
-
-
-def peak_memory(args: argparse.Namespace, case: Case, method: str) -> int:
-    """Bytes that two steps need beyond the net and its batch, in a fresh process."""
-    torch.set_num_threads(args.threads)
-    step = getattr(Steps(args, case), method)
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        step(), step()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    step(), step()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process that are in memory, now (VmRSS) or at the peak (VmHWM); Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def arithmetic(step: Callable[[], None]) -> int:
@@ -119,38 +112,38 @@ def arithmetic(step: Callable[[], None]) -> int:
 
 def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
     """A row of the table."""
-    steps = Steps(args, case)
-    depths = steps.net.depths
-    forks = [f.fork for f in steps.net._forwards.values() if isinstance(f, SkippableForward)]
-    operations = {"loop": arithmetic(steps.loop), "packed": arithmetic(steps.packed)}
-    times: dict[str, list[float]] = {"loop": [], "packed": []}
+    methods = all_steps(args, case)
+    net = Steps(args, case).net
+    forks = [f.fork for f in net._forwards.values() if isinstance(f, SkippableForward)]
+    operations = {method: arithmetic(methods[method]) for method in ("loop", "packed")}
+    times: dict[str, list[float]] = {method: [] for method in methods}
     for turn in range(args.repeats + 1):
-        for method, found in times.items():
-            taken = seconds(getattr(steps, method), args.device)
+        for method, step in methods.items():
+            taken = seconds(step, args.device)
             if turn:  # the first one warms up
-                found.append(taken)
-    memory = {}
-    for method in times:
-        # A fresh process for each, so that neither inherits the other's peak.
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            memory[method] = pool.submit(peak_memory, args, case, method).result()
+                times[method].append(taken)
+    device = torch.device(args.device)
+    memory = {method: peak_bytes(step, device) for method, step in methods.items()}
     median = {method: statistics.median(found) for method, found in times.items()}
     speedup = median["loop"] / median["packed"]
     ceiling = operations["loop"] / operations["packed"]
     return {
         "net": case.title,
         "size": case.size,
-        "blocks_per_stage": [list(depth.per_stage) for depth in depths],
+        "blocks_per_stage": [list(depth.per_stage) for depth in net.depths],
         "loop_ms": [1000 * t for t in times["loop"]],
         "packed_ms": [1000 * t for t in times["packed"]],
+        "checkpointed_ms": [1000 * t for t in times["checkpointed"]],
         "speedup": speedup,
-        "blocks_ratio": sum(d.blocks for d in depths) / sum(fork.run for fork in forks),
+        "blocks_ratio": sum(d.blocks for d in net.depths) / sum(fork.run for fork in forks),
         "ceiling": ceiling,
         "share_of_ceiling": speedup / ceiling,
+        "checkpointed_time_ratio": median["checkpointed"] / median["packed"],
         "loop_bytes": memory["loop"],
         "packed_bytes": memory["packed"],
-        "memory_ratio": memory["packed"] / max(memory["loop"], 1),
+        "checkpointed_bytes": memory["checkpointed"],
+        "memory_ratio": memory["packed"] / memory["loop"],
+        "checkpointed_memory_ratio": memory["checkpointed"] / memory["packed"],
     }
 
 
@@ -182,7 +175,9 @@ def main() -> None:
         print(
             f"{row['net']:18} {row['speedup']:.2f} times as fast, ceiling {row['ceiling']:.2f} "
             f"({row['share_of_ceiling']:.0%}), blocks {row['blocks_ratio']:.2f}, "
-            f"memory {row['memory_ratio']:.2f} times",
+            f"memory {row['memory_ratio']:.2f} times; with checkpointing "
+            f"{row['checkpointed_time_ratio']:.2f} times the time, "
+            f"{row['checkpointed_memory_ratio']:.2f} times the memory",
             flush=True,
         )
     on_gpu = args.device == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,6 +45,7 @@ class TeammateConfig(BackboneConfig):
         interleaved: Whether a number of depths lie between those of a Teammate that is not.
         blocks: Names of the skippable blocks, with wildcards; by default they are found.
         per_depth_affine: Whether batch norms have weights and biases per depth.
+        grad_checkpointing: Whether blocks run again in the backward pass: less memory, more time.
     """
 
     depths: DepthSpec = 4
@@ -52,11 +53,13 @@ class TeammateConfig(BackboneConfig):
     interleaved: bool = False
     blocks: list[str] | None = None
     per_depth_affine: bool = False
+    grad_checkpointing: bool = False
 
     def elastic_options(self) -> dict[str, Any]:
         """What `ElasticNet` takes beside the backbone and its input's shape."""
-        names = ("depths", "policy", "interleaved", "blocks", "per_depth_affine")
-        return {name: getattr(self, name) for name in names}
+        inherited = fields(BackboneConfig)
+        own = [field.name for field in fields(TeammateConfig)[len(inherited) :]]
+        return {name: getattr(self, name) for name in own}
 
 
 class Team(LightningModule):

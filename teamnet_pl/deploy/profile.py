@@ -6,9 +6,9 @@ import json
 import platform
 import weakref
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -175,6 +175,8 @@ def profile_depths(
         raise ValueError(f"batch_sizes must be 1 or more each, found {list(batch_sizes)}.")
     if runs < 1:
         raise ValueError(f"runs must be at least 1, found {runs}.")
+    parameter = next(net.parameters())
+    device = parameter.device
     costs = depth_costs(net, net.input_shape)
     rows = []
     for batch_size in sorted(set(batch_sizes)):
@@ -183,6 +185,7 @@ def profile_depths(
         for _ in range(WARM_UP + runs):
             for name, view in views.items():
                 times[name].append(run_timed(view, images)[1])
+        on_device = images.to(parameter)
         for name, view in views.items():
             counted = times[name][WARM_UP:]
             rows.append(
@@ -194,10 +197,9 @@ def profile_depths(
                     batch_size=batch_size,
                     median_ms=float(np.median(counted)),
                     p95_ms=float(np.percentile(counted, 95)),
-                    peak_bytes=peak_bytes(view, images),
+                    peak_bytes=peak_bytes(partial(view, on_device), device),
                 )
             )
-    device = next(net.parameters()).device
     return Profile(device.type, machine(device), torch.get_num_threads(), rows)
 
 
@@ -207,23 +209,21 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-@torch.inference_mode()
-def peak_bytes(net: nn.Module, images: Tensor) -> int:
-    """Memory for tensors that one run takes at its peak, beyond weights and images.
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Memory for tensors that a function takes at its peak, beyond that of tensors it is given.
 
     Args:
-        net: In evaluation mode.
-        images: Shape ``(N, channels, height, width)``.
+        step: Makes tensors on the device.
+        device: The processor or a GPU.
     """
-    images = images.to(next(net.parameters()))
-    if images.is_cuda:
-        before = torch.cuda.memory_allocated(images.device)
-        torch.cuda.reset_peak_memory_stats(images.device)
-        net(images)
-        return torch.cuda.max_memory_allocated(images.device) - before
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     live = _LiveBytes()
     with live:
-        net(images)
+        step()
     return live.peak
 
 

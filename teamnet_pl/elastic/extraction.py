@@ -43,7 +43,7 @@ def drop_block(net: nn.Module, name: str) -> None:
 def without_blocks(
     net: nn.Module, names: Sequence[str], images: Tensor, logits: Tensor
 ) -> nn.Module:
-    """Takes blocks out of a copy of a net.
+    """Takes blocks out of a copy of a net, whose weights are the net's own.
 
     Where the net counts on the positions of its blocks, identities take their places.
 
@@ -60,8 +60,9 @@ def without_blocks(
         ValueError: If the net cannot do without the blocks.
     """
     problem = "its outputs differ from those of the elastic net"
+    weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
     for moves_up in (True, False):
-        plain = copy.deepcopy(net)
+        plain = copy.deepcopy(net, dict(weights))
         for name in reversed(names):  # so that the names of the others still hold
             if moves_up:
                 drop_block(plain, name)

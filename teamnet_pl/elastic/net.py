@@ -49,6 +49,9 @@ class ElasticNet(nn.Module):
         blocks: Names of the skippable blocks, with wildcards. By default the residual blocks that
             keep their input's shape, see `trace`.
         per_depth_affine: Whether batch norms also have weights and biases per depth.
+        grad_checkpointing: Whether blocks, and what is of their class beside them, run again in the
+            backward pass instead of keeping what they need for it: less memory, more time, the same
+            results.
 
     Attributes:
         blocks: The skippable blocks, in the order in which they run.
@@ -86,6 +89,7 @@ class ElasticNet(nn.Module):
         interleaved: bool = False,
         blocks: Sequence[str] | None = None,
         per_depth_affine: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for name, module in backbone.named_modules():
@@ -100,6 +104,7 @@ class ElasticNet(nn.Module):
         self.stages = found.stages
         self.depths = derive_depths(found.stages, depths, policy, interleaved)
         self.norms = nn.ModuleDict()
+        self.grad_checkpointing = grad_checkpointing
         self._selection = Selection()
         self._forwards: dict[str, ElasticForward] = {}
         problems = []
@@ -128,6 +133,7 @@ class ElasticNet(nn.Module):
             self._forwards[block.name] = SkippableForward(
                 self.backbone.get_submodule(block.name),
                 self._selection,
+                self.grad_checkpointing,
                 tuple(depth.kept[index] for depth in self.depths),
                 plan.forks[block.name],
                 block.hands_on,
@@ -154,7 +160,23 @@ class ElasticNet(nn.Module):
             # Module names cannot hold dots.
             self.norms[name.replace(".", "-")] = copies
             self._forwards[name] = PerStreamForward(layer, self._selection, copies, stream_at)
+        if self.grad_checkpointing:
+            for name in self._alike():
+                module = self.backbone.get_submodule(name)
+                own = ElasticForward(module, self._selection, grad_checkpointing=True)
+                self._forwards.setdefault(name, own)
         self._install()
+
+    def _alike(self) -> set[str]:
+        """Modules in a row with blocks and of their class, such as the first of a stage."""
+        found = set()
+        for block in self.blocks:
+            row, _, _ = block.name.rpartition(".")
+            kind = type(self.backbone.get_submodule(block.name))
+            for key, module in self.backbone.get_submodule(row).named_children():
+                if type(module) is kind:
+                    found.add(f"{row}.{key}" if row else key)
+        return found
 
     def _detach(self) -> None:
         """Takes the forwards off again."""
@@ -212,12 +234,8 @@ class ElasticNet(nn.Module):
     def _selected(self, index: int | None) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             self._install()
-        before = self._selection.depth
-        self._selection.depth = index
-        try:
+        with self._selection.at(index):
             yield
-        finally:
-            self._selection.depth = before
 
     @contextmanager
     def at(self, depth: DepthLike) -> Iterator[ElasticNet]:

@@ -16,13 +16,15 @@ on nothing but their number, so there is no state to carry from one layer to the
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from teamnet_pl.elastic.blocks import Trace
 from teamnet_pl.elastic.depths import Depth
@@ -34,6 +36,16 @@ class Selection:
     """What the forwards of one net look at: the index of a depth, or None for all, packed."""
 
     depth: int | None = 0
+
+    @contextmanager
+    def at(self, depth: int | None) -> Iterator[None]:
+        """Selects another for a while."""
+        before = self.depth
+        self.depth = depth
+        try:
+            yield
+        finally:
+            self.depth = before
 
     def __reduce__(self) -> tuple[type[Selection], tuple[()]]:
         """A copy is not within the scope that the original is in."""
@@ -189,13 +201,24 @@ class _Split(torch.autograd.Function):
 
 
 class ElasticForward:
-    """Stands in for the ``forward`` of a module."""
+    """Stands in for the ``forward`` of a module.
 
-    def __init__(self, module: nn.Module, selection: Selection) -> None:
+    With gradient checkpointing the module runs again in the backward pass, at the same depths,
+    which leaves its running statistics alone.
+    """
+
+    def __init__(
+        self, module: nn.Module, selection: Selection, grad_checkpointing: bool = False
+    ) -> None:
         self.module = module
         self.selection = selection
+        self.grad_checkpointing = grad_checkpointing
         self.own = vars(module).get("forward")
         """One that the module had on the instance already."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module as the selection says."""
+        return self.run(*args, **kwargs)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module as it was."""
@@ -203,9 +226,36 @@ class ElasticForward:
             return self.own(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module as the selection says."""
-        raise NotImplementedError
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module as it was, again in the backward pass if that is wanted."""
+        if not (self.grad_checkpointing and self.module.training and torch.is_grad_enabled()):
+            return self.plain(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(self.plain, *args, use_reentrant=False, **kwargs)
+        depth = self.selection.depth
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.selection.at(depth):
+                return self.plain(*args, **kwargs)
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), self._statistics_kept()
+
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        buffers = list(self.module.buffers())
+        for part in self.module.modules():
+            forward = vars(part).get("forward")
+            if isinstance(forward, PerStreamForward):
+                buffers += forward.copies.buffers()
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, values in zip(buffers, before, strict=True):
+                buffer.data.copy_(values)  # of which autograd takes no notice
 
 
 class SkippableForward(ElasticForward):
@@ -215,12 +265,13 @@ class SkippableForward(ElasticForward):
         self,
         module: nn.Module,
         selection: Selection,
+        grad_checkpointing: bool,
         kept: tuple[bool, ...],
         fork: Fork,
         hands_on: int,
         batched: tuple[bool, ...],
     ) -> None:
-        super().__init__(module, selection)
+        super().__init__(module, selection, grad_checkpointing)
         self.kept = kept  # at each depth
         self.fork = fork
         self.hands_on = hands_on
@@ -231,12 +282,12 @@ class SkippableForward(ElasticForward):
         depth, fork = self.selection.depth, self.fork
         if depth is not None:
             kept = self.kept[depth]
-            return self.plain(*args, **kwargs) if kept else handed_on(self.hands_on, args)
+            return self.run(*args, **kwargs) if kept else handed_on(self.hands_on, args)
         if fork.bypass == fork.arrive:
-            return self.plain(*args, **kwargs)
+            return self.run(*args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             run, passed = self._split(args[0])
-            return torch.cat([self.plain(run), passed])
+            return torch.cat([self.run(run), passed])
         leaves, tree = _flatten(self, args, kwargs, self.batched)
         split = [
             self._split(leaf) if batched else (leaf, leaf)
@@ -245,7 +296,7 @@ class SkippableForward(ElasticForward):
         (run_args, run_kwargs), (passed_args, _) = (
             tree_unflatten([pair[side] for pair in split], tree) for side in (0, 1)
         )
-        outputs, tree = tree_flatten(self.plain(*run_args, **run_kwargs))
+        outputs, tree = tree_flatten(self.run(*run_args, **run_kwargs))
         passed_on, _ = tree_flatten(handed_on(self.hands_on, passed_args))
         # What is handed on are the first leaves.
         joined = [

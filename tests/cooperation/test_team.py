@@ -219,6 +219,22 @@ def test_a_teammate_shares_the_weights_of_its_norms_or_not(tiny, per_depth):
     assert (copy.weight is net.backbone.layer3[0].bn1.weight) != per_depth
 
 
+def test_a_teammate_trains_alike_with_gradient_checkpointing(tiny, tmp_path):
+    runs, states = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        team = tiny.team(a={"grad_checkpointing": checkpointing})
+        calls = []
+        for net in team.elastic_nets.values():
+            layer = net.backbone.layer1[1].conv1
+            layer.register_forward_hook(lambda own, *_, calls=calls: calls.append(own.training))
+        tiny.trainer(tmp_path, limit_train_batches=3).fit(team, tiny.digits())
+        runs.append(sum(calls))
+        states.append(team.state_dict())
+    assert runs == [3 + 3, 6 + 3]  # of a and of b
+    tiny.assert_same_state(*states)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -77,13 +79,32 @@ def test_run_is_timed_and_gives_probabilities():
 
 
 def test_peak_memory_by_hand():
-    layers = nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)
+    def peak(*layers):
+        with torch.inference_mode():
+            return peak_bytes(partial(nn.Sequential(*layers), images), torch.device("cpu"))
+
+    images = torch.randn(8, 100)
     # Of 8 rows of float32: ReLU's input and its output.
-    assert peak_bytes(nn.Sequential(*layers), torch.randn(8, 100)) == 4 * 8 * 2000
-    layers = nn.Linear(100, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10)
+    assert peak(nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)) == 4 * 8 * 2000
     # In place there is one, beside the last layer's output.
-    assert peak_bytes(nn.Sequential(*layers), torch.randn(8, 100)) == 4 * 8 * 1010
-    assert peak_bytes(Slow(), torch.randn(8, 100)) == 4 * 8 * 2
+    assert peak(nn.Linear(100, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10)) == 4 * 8 * 1010
+    assert peak(Slow()) == 4 * 8 * 2
+
+
+def test_peak_memory_of_a_training_step_by_hand():
+    weight = torch.randn(100, 100, requires_grad=True)
+    images = torch.randn(8, 100)
+
+    def step():
+        features = images
+        for _ in range(5):
+            features = (features @ weight).tanh()  # each output is kept until the backward pass
+        features.sum().backward()
+
+    kept, gradient = 5 * 8 * 100, 100 * 100
+    # Beside what is kept: the gradient so far, that of one more use, and at last their sum.
+    peak = peak_bytes(step, torch.device("cpu")) / 4
+    assert kept + 3 * gradient <= peak < kept + 3 * gradient + 8 * 100
 
 
 def test_expected_latency(profile):

@@ -258,6 +258,22 @@ def test_blocks_that_go_by_their_position(images, strict):
         close(net.extract(depth)(images), expected)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_each_weight_is_copied_once(strict, monkeypatch):
+    """Also where taking the blocks out takes a second try."""
+    net = ElasticNet(Scaled(strict), (3, 8, 8), depths=[3, 1], policy="evenly_spread")
+    copied = []
+    original = nn.Parameter.__deepcopy__
+
+    def copy_and_count(self, memo):
+        copied.append(self.numel())
+        return original(self, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", copy_and_count)
+    net.extract("d1")
+    assert sum(copied) == sum(parameter.numel() for parameter in net.parameters())
+
+
 @pytest.mark.parametrize(
     "backbone",
     [Scaled(strict=True, src_mask=None), Encoder()],  # the latter looks at its first block

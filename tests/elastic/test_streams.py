@@ -1,6 +1,7 @@
 """The packed forward, against one forward and one backward of a plain net for each depth."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -119,7 +120,9 @@ def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
     return Case(kind, stages, norm, draw(depth_sets(counts)), draw(st.sampled_from(POLICIES)))
 
 
-def hold_against_the_truth(toys, case, training, batch, size, steps=3, per_depth_affine=False):
+def hold_against_the_truth(
+    toys, case, training, batch, size, steps=3, per_depth_affine=False, grad_checkpointing=False
+):
     backbone = toys.build(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
     net = ElasticNet(
@@ -128,6 +131,7 @@ def hold_against_the_truth(toys, case, training, batch, size, steps=3, per_depth
         depths=case.depths,
         policy=case.policy,
         per_depth_affine=per_depth_affine,
+        grad_checkpointing=grad_checkpointing,
     ).train(training)
     assert [block.name for block in net.blocks] == toys.names_by_hand(case.kind, case.stages)
     truth = Separate(pristine, net, toys.by_hand, per_depth_affine)
@@ -182,6 +186,84 @@ def test_packed_with_affine_weights_per_depth(toys, case, training):
     )
     own = sum(len(copies) for copies in net.norms.values())
     assert len(list(net.parameters())) == len(list(pristine.parameters())) + 2 * own
+
+
+@given(case=cases(), per_depth_affine=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_gradient_checkpointing_changes_no_result(toys, case, per_depth_affine):
+    per_depth_affine &= case.norm == "batch"
+    hold_against_the_truth(
+        toys,
+        case,
+        training=True,
+        batch=3,
+        size=(9, 11),
+        per_depth_affine=per_depth_affine,
+        grad_checkpointing=True,
+    )
+
+
+def kept_for_backward(net, step):
+    """Bytes that autograd keeps beside the weights, and what the step returns."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # the tensor: or its place is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = step()
+    for parameter in net.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), logits
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
+    images = torch.randn(4, *SHAPE)
+    kept, runs, gradients = {}, {}, {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        # Stochastic depth: what runs again draws again, and must draw the same.
+        options = {"num_classes": 5, "img_size": 8, "patch_size": 2, "drop_path_rate": 0.5}
+        backbone = timm.create_model("test_vit", **options)
+        net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=checkpointing)
+        calls = []
+        for block in net.blocks:
+            module = net.backbone.get_submodule(block.name)
+            module.attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with net.at(net.depths[1]):
+            step = functools.partial(net.packed if packed else net, images)
+            kept[checkpointing], logits = kept_for_backward(net, step)
+        before = len(calls)
+        logits.square().sum().backward()  # out of all scopes
+        runs[checkpointing] = len(calls) / before
+        trained = [own for own in net.parameters() if own.grad is not None]
+        gradients[checkpointing] = [parameter.grad for parameter in trained]
+    assert runs == {False: 1, True: 2}
+    assert kept[True] < 0.25 * kept[False]
+    assert all(map(torch.equal, *gradients.values()))
+
+
+def test_what_is_no_block_but_of_its_class_runs_again_too():
+    """The first blocks of a ResNet's stages change the shape: none can be skipped."""
+    backbone = timm.create_model("resnet18", num_classes=5)
+    net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=True)
+    calls = []
+    for stage in range(1, 5):
+        conv = net.backbone.get_submodule(f"layer{stage}.0.conv1")
+        conv.register_forward_hook(lambda *_, stage=stage: calls.append(stage))
+    net.packed(torch.randn(2, *SHAPE)).sum().backward()
+    assert calls == [1, 2, 3, 4, 4, 3, 2, 1]
+
+
+def test_nothing_is_kept_to_run_again_where_nothing_is_trained():
+    backbone = timm.create_model("resnet18", num_classes=5)
+    net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=True).eval()
+    calls = []
+    net.backbone.layer1[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    net.packed(torch.randn(2, *SHAPE)).sum().backward()
+    assert len(calls) == 1
 
 
 @given(case=cases(), training=st.booleans(), data=st.data())
@@ -565,11 +647,11 @@ def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
 
 
 @pytest.fixture
-def float_net(toys):
+def float_net(toys, request):
     """A net in float32 and the plain net of each of its depths."""
     backbone = toys.build(stages=[(3, False), (2, True)]).float()
     pristine = copy.deepcopy(backbone)
-    net = ElasticNet(backbone, SHAPE, depths=3)
+    net = ElasticNet(backbone, SHAPE, depths=3, **getattr(request, "param", {}))
     return net, nn.ModuleList(toys.by_hand(pristine, net, depth) for depth in net.depths)
 
 
@@ -618,10 +700,16 @@ def compiles(net, plain, backend):
     torch.testing.assert_close(net(images), plain[0](images))  # no scope is left open
 
 
+@pytest.mark.parametrize(
+    "float_net", [{}, {"grad_checkpointing": True}], indirect=True, ids=["", "checkpointing"]
+)
 def test_compiled_to_a_graph(float_net):
     compiles(*float_net, backend="aot_eager")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "float_net", [{}, {"grad_checkpointing": True}], indirect=True, ids=["", "checkpointing"]
+)
 def test_compiled_to_code(float_net):
     compiles(*float_net, backend="inductor")
