@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from results_file import save_results
+from results_file import processor, save_results
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -249,13 +249,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", help="titles of the datasets to measure")
+    titles = [case.title for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=titles, default=titles, metavar="TITLE")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for case in CASES:
-        if args.only and case.title not in args.only:
+        if case.title not in args.only:
             continue
         for workers in args.workers:
             rows.append(row := measure(args, case, workers))
@@ -266,10 +267,7 @@ def main() -> None:
                 f"both {median['both']:.0f} ({row['both_to_step']:.0%} of the step)",
                 flush=True,
             )
-    on_gpu = args.device == "cuda"
-    save_results(
-        args, rows, torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
-    )
+    save_results(args, rows, processor(args))
 
 
 if __name__ == "__main__":

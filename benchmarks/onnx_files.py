@@ -162,13 +162,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.2, help="of one repeat")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", help="titles of the nets to measure")
+    titles = [case.title for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=titles, default=titles, metavar="TITLE")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for case in CASES:
-        if args.only and case.title not in args.only:
+        if case.title not in args.only:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row := measure(args, case, Path(folder)))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from results_file import save_results
+from results_file import processor, save_results
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,7 +156,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", help="titles of the nets to measure")
+    titles = [case.title for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=titles, default=titles, metavar="TITLE")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -169,7 +170,7 @@ def main() -> None:
 
     rows = []
     for case in CASES:
-        if args.only and case.title not in args.only:
+        if case.title not in args.only:
             continue
         rows.append(row := measure(args, case))
         print(
@@ -180,9 +181,7 @@ def main() -> None:
             f"{row['checkpointed_memory_ratio']:.2f} times the memory",
             flush=True,
         )
-    on_gpu = args.device == "cuda"
-    hardware = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
-    save_results(args, rows, hardware)
+    save_results(args, rows, processor(args))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ from typing import Any
 import torch
 
 
+def processor(args: argparse.Namespace) -> str:
+    """What ``args.device`` is, in words."""
+    on_gpu = args.device == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
+
+
 def save_results(args: argparse.Namespace, rows: list[dict[str, Any]], *hardware: str) -> None:
     """Writes the rows to ``args.out``, with the command, the date and the machine."""
     done = {

@@ -36,17 +36,6 @@ def lit_data(on_disk, stage="fit", **kwargs):
     return data
 
 
-def numbers(on_disk, batches):
-    """Which image is which, in order, and that each has its label."""
-    known = {on_disk.pixels(1, 24, seed=i)[0].tobytes(): i for i in range(40)}
-    found = []
-    for images, labels in batches:
-        for image, label in zip(images, labels.tolist(), strict=True):
-            found.append(known[image.permute(1, 2, 0).contiguous().numpy().tobytes()])
-            assert label == found[-1] % 3
-    return found
-
-
 def flat(batches):
     return [tensor for batch in batches for tensor in batch]
 
@@ -58,13 +47,13 @@ def same(found, expected):
 def test_images_and_labels_of_each_split(on_disk):
     data = lit_data(on_disk)
     assert data.input_shape == (3, 24, 24)
-    train = numbers(on_disk, data.train_dataloader())
+    train = on_disk.numbers_in(data.train_dataloader())
     assert sorted(train) == list(range(40))
     assert train != sorted(train)
-    assert numbers(on_disk, data.val_dataloader()) == list(range(7))
+    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
     data.setup("test")
-    assert numbers(on_disk, data.test_dataloader()) == list(range(6))
-    assert numbers(on_disk, data.predict_dataloader()) == list(range(6))
+    assert on_disk.numbers_in(data.test_dataloader()) == list(range(6))
+    assert on_disk.numbers_in(data.predict_dataloader()) == list(range(6))
 
 
 def photo(on_disk, number):
@@ -92,7 +81,7 @@ SAMPLES = {
 def test_samples(on_disk, kind):
     on_disk.litdata(range(40), sample=lambda number: SAMPLES[kind](on_disk, number))
     data = lit_data(on_disk)
-    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
+    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "jpeg"])
@@ -137,7 +126,7 @@ def test_keys_are_named(on_disk):
             sample=lambda number: {"class": number % 3, "jpg": photo(on_disk, number)},
         )
     data = lit_data(on_disk, image_key="jpg", label_key="class")
-    assert numbers(on_disk, data.val_dataloader()) == list(range(7))
+    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
     with pytest.raises(ValueError, match=r"train, sample 0 .* 'image' .* a dict of 'class', 'jpg'"):
         lit_data(on_disk)
 
@@ -145,7 +134,7 @@ def test_keys_are_named(on_disk):
 def test_an_epoch_takes_chunk_after_chunk(on_disk):
     data = lit_data(on_disk)
     loader = data.train_dataloader()
-    first, second = numbers(on_disk, loader), numbers(on_disk, loader)
+    first, second = on_disk.numbers_in(loader), on_disk.numbers_in(loader)
     for order in (first, second):
         assert sorted(order) == list(range(40))
         chunks = [number // 9 for number in order]
@@ -155,7 +144,7 @@ def test_an_epoch_takes_chunk_after_chunk(on_disk):
         within = [[number for number in order if number // 9 == chunk] for chunk in range(4)]
         assert all(own != sorted(own) for own in within)
     assert first != second
-    assert numbers(on_disk, lit_data(on_disk).train_dataloader()) == first
+    assert on_disk.numbers_in(lit_data(on_disk).train_dataloader()) == first
 
 
 def test_blocks_are_shuffled_and_so_are_their_images():
@@ -206,7 +195,7 @@ def test_any_number_of_workers_gives_the_same_batches(on_disk):
         )
         loader = data.train_dataloader()
         found = flat(batch for _ in range(2) for batch in loader)
-        return found, numbers(on_disk, data.val_dataloader())
+        return found, on_disk.numbers_in(data.val_dataloader())
 
     expected, val = epochs(0)
     assert len(expected) == 2 * 2 * 10
@@ -256,14 +245,14 @@ def broken(label=0):
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_the_order_of_one(on_disk, monkeypatch):
-    order = numbers(on_disk, lit_data(on_disk).train_dataloader())
+    order = on_disk.numbers_in(lit_data(on_disk).train_dataloader())
     # litdata, which has its own way to share, must not share again.
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setattr(LitData, "_processes", lambda self, rank=rank: (2, rank))
         loader = lit_data(on_disk, batch_size=3).train_dataloader()
         assert len(loader) == 6
-        assert numbers(on_disk, loader) == order[rank::2][:18]
+        assert on_disk.numbers_in(loader) == order[rank::2][:18]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -298,14 +287,14 @@ def test_broken_images(on_disk):
     with pytest.raises(UnreadableImageError, match=r"train, sample 17: cannot identify"):
         list(data.train_dataloader())
     data = lit_data(on_disk, on_error="skip")
-    train = numbers(on_disk, data.train_dataloader())
+    train = on_disk.numbers_in(data.train_dataloader())
     assert sorted(train) == sorted([*range(17), 18, *range(18, 40)])  # the next one stands in
-    assert numbers(on_disk, data.val_dataloader()) == [0, 1, 2, 4, 5]
+    assert on_disk.numbers_in(data.val_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
     assert "val, sample 3: cannot identify" in str(warned[0].message)
     data.setup("predict")
-    assert numbers(on_disk, data.test_dataloader()) == [0, 1, 2, 4, 5]
+    assert on_disk.numbers_in(data.test_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.raises(UnreadableImageError, match="test, sample 3"):
         list(data.predict_dataloader())
 
@@ -425,7 +414,7 @@ def test_compressed_chunks_are_left_as_they_are(on_disk, tmp_path, level):
     )
     before = contents(on_disk.folder / "train")
     data = lit_data(on_disk, cache_dir=str(tmp_path / "cache"))
-    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
+    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
     assert contents(on_disk.folder / "train") == before
     assert len(list(tmp_path.glob("cache/**/*.bin"))) == (5 if level == "chunk" else 0)
 
@@ -444,7 +433,7 @@ def test_what_optimize_writes(on_disk):
     )
     data = lit_data(on_disk)
     assert len(data.train_set.dataset.chunk_sizes) > 2
-    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
+    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
 
 
 @pytest.fixture
@@ -471,8 +460,8 @@ def test_chunks_come_from_an_object_store_once(on_disk, serve, store, tmp_path, 
     data = lit_data(on_disk, num_workers=num_workers, cache_dir=str(cache), **folders)
     loader = data.train_dataloader()
     for _ in range(2):
-        assert sorted(numbers(on_disk, loader)) == list(range(40))
-    assert numbers(on_disk, data.val_dataloader()) == list(range(7))
+        assert sorted(on_disk.numbers_in(loader)) == list(range(40))
+    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
     whole = [line for line in serve.requests if line.startswith("GET") and ".bin" in line]
     assert len(whole) == len(set(whole)) == len(list(cache.rglob("*.bin"))) == 3
 

@@ -29,30 +29,19 @@ def shards(on_disk, stage="fit", **kwargs):
     return data
 
 
-def numbers(on_disk, loader, count=40):
-    """Which image is which, in order, and that each has its label."""
-    known = {on_disk.pixels(1, 24, seed=i)[0].tobytes(): i for i in range(count)}
-    found = []
-    for images, labels in loader:
-        for image, label in zip(images, labels.tolist(), strict=True):
-            found.append(known[image.permute(1, 2, 0).contiguous().numpy().tobytes()])
-            assert label == found[-1] % 3
-    return found
-
-
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_and_labels_of_each_split(on_disk, num_workers):
     data = shards(on_disk, num_workers=num_workers)
-    train = numbers(on_disk, data.train_dataloader())
+    train = on_disk.numbers_in(data.train_dataloader())
     assert len(data.train_dataloader()) == 10
     assert len(train) == 40
     if num_workers == 0:
         assert sorted(train) == list(range(40))
     assert train != sorted(train)
-    assert sorted(numbers(on_disk, data.val_dataloader())) == list(range(7))
+    assert sorted(on_disk.numbers_in(data.val_dataloader())) == list(range(7))
     data.setup("test")
-    assert sorted(numbers(on_disk, data.test_dataloader())) == list(range(6))
+    assert sorted(on_disk.numbers_in(data.test_dataloader())) == list(range(6))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -72,7 +61,7 @@ def test_each_epoch_has_another_order_that_the_seed_repeats(on_disk, num_workers
 
 def test_a_buffer_of_one_does_not_shuffle_within_a_shard(on_disk):
     data = shards(on_disk, buffer=1)
-    order = numbers(on_disk, data.train_dataloader())
+    order = on_disk.numbers_in(data.train_dataloader())
     starts = np.cumsum([0, *SIZES[:-1]])
     parts = sorted(order.index(start) for start in starts)
     pieces = [order[a:b] for a, b in zip(parts, [*parts[1:], None], strict=True)]
@@ -81,7 +70,7 @@ def test_a_buffer_of_one_does_not_shuffle_within_a_shard(on_disk):
 
 def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
     data = shards(on_disk, train_images=80)
-    order = numbers(on_disk, data.train_dataloader())
+    order = on_disk.numbers_in(data.train_dataloader())
     assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
     assert order[:40] != order[40:]
 
@@ -126,10 +115,10 @@ def test_processes_share_the_shards(on_disk, rank, monkeypatch):
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, rank))
     data = shards(on_disk, train_images=16)
     assert len(data.train_dataloader()) == 2
-    own = numbers(on_disk, data.train_dataloader())
-    val = sorted(numbers(on_disk, data.val_dataloader()))
+    own = on_disk.numbers_in(data.train_dataloader())
+    val = sorted(on_disk.numbers_in(data.val_dataloader()))
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, 1 - rank))
-    others = numbers(on_disk, shards(on_disk, train_images=16).train_dataloader())
+    others = on_disk.numbers_in(shards(on_disk, train_images=16).train_dataloader())
     assert len(own) == len(others) == 8
     assert not set(own) & set(others)
     assert val == ([0, 2, 4, 6], [1, 3, 5, 6])[rank]  # as many on each, so the last one twice
@@ -147,7 +136,7 @@ def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
         path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 1))
         own = list(data.val_dataloader())
         batches.add(len(own))
-        found |= set(numbers(on_disk, own))
+        found |= set(on_disk.numbers_in(own))
     assert batches == {3}
     assert found == {1, 2, 3, 4, 5, 6}
 
@@ -163,8 +152,8 @@ def test_broken_images(on_disk):
     path.write_bytes(broken)
     train = on_disk.folder / "train-2.tar"
     train.write_bytes(train.read_bytes().replace(b"\x89PNG", b"none", 1))
-    assert len(numbers(on_disk, data.train_dataloader())) == 40  # the stream goes on
-    assert sorted(numbers(on_disk, data.val_dataloader())) == [0, 1, 2, 3, 4, 6]
+    assert len(on_disk.numbers_in(data.train_dataloader())) == 40  # the stream goes on
+    assert sorted(on_disk.numbers_in(data.val_dataloader())) == [0, 1, 2, 3, 4, 6]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
     assert "val-1.tar, 0005.png: " in str(warned[0].message)
@@ -224,4 +213,4 @@ def test_shards_from_elsewhere(on_disk, serve):
     on_disk.shards(SIZES)
     address = serve(on_disk.folder)
     data = shards(on_disk, train=f"{address}/train-{{0..3}}.tar")
-    assert sorted(numbers(on_disk, data.train_dataloader())) == list(range(40))
+    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
