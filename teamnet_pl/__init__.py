@@ -1,5 +1,7 @@
 """TeamNet: train one network that runs at many depths."""
 
+from importlib.metadata import version
+
 from teamnet_pl.backbones import BackboneConfig
 from teamnet_pl.cooperation import Cooperation, LeaderConfig, Team, TeammateConfig
 from teamnet_pl.elastic import Depth, ElasticNet
@@ -13,3 +15,5 @@ __all__ = [
     "Team",
     "TeammateConfig",
 ]
+
+__version__ = version("teamnet_pl")

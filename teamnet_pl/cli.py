@@ -22,7 +22,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 
-from teamnet_pl import cooperation, data
+from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.checkpoints import CONFIG_KEY, load_checkpoint
 from teamnet_pl.commands import COMMANDS
@@ -217,7 +217,7 @@ def main(args: ArgsType = None) -> None:
             }
         },
         parser_class=TeamArgumentParser,
-        parser_kwargs={"epilog": f"besides training:{own}"},
+        parser_kwargs={"epilog": f"besides training:{own}", "version": __version__},
         seed_everything_default=0,
         # The team keeps its own: Lightning's lack what the data tells the team.
         load_from_checkpoint_support=False,

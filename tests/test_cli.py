@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
+import teamnet_pl
 from teamnet_pl import Team
+from teamnet_pl.cli import main
 
 OPTION = "--data.init_args.batch_size"
 BEST = "logs/version_0/checkpoints/best.ckpt"
@@ -363,6 +365,16 @@ def test_the_logger_configs(cli, tmp_path, pytestconfig, monkeypatch, logger):
 
 
 @pytest.mark.slow
+def test_version(capsys, pytestconfig):
+    project = (pytestconfig.rootpath / "pyproject.toml").read_text()
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    number = capsys.readouterr().out.split()[-1]
+    assert f'\nversion = "{number}"\n' in project
+    assert teamnet_pl.__version__ == number
+
+
 def test_python_m_teamnet_pl_is_teamnet():
     teamnet = Path(sys.executable).with_name("teamnet")
     commands = [teamnet, "--help"], [sys.executable, "-m", "teamnet_pl", "fit", "--help"]
