@@ -42,13 +42,16 @@ NO = Edge(weight=0.0)
 
 
 def team(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """Arguments of a team whose nets are all alike, with changes to its Teammates or to itself."""
-    net = {"name": args.backbone, "options": {"width": args.width} if args.width else {}}
+    """Arguments of a team whose nets are all alike, with changes to them or to the team."""
+    net, wider = (
+        {"name": args.backbone, "options": {"width": width} if width else {}}
+        for width in (args.width, changes.pop("leader_width", 1) * args.width)
+    )
     mate = {"depths": args.depths} | {
         key: changes.pop(key) for key in ("policy", "per_depth_affine") if key in changes
     }
     both = {
-        "leader": LeaderConfig(**net),
+        "leader": LeaderConfig(**wider),
         "a": TeammateConfig(**net, **mate),
         "b": TeammateConfig(**net, **mate, interleaved=True),
     }
@@ -61,6 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "no_peer": {"cooperation": Cooperation(peer=NO)},
     "no_depths": {"cooperation": Cooperation(depths=NO)},
     "one_teammate": {"b": None},
+    "wide_leader": {"leader_width": 2},
     "self_distilled": {"leader": None, "b": None},
     "joint": {"leader": None, "b": None, "cooperation": Cooperation(NO, NO, NO)},
     "round_robin": {"policy": "round_robin"},

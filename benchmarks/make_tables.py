@@ -76,6 +76,36 @@ def accuracy(name: str) -> str:
     return markdown(["method", "net", *depths], rows) + source(result)
 
 
+def variants(name: str) -> str:
+    """Changes of a team against the team of ``accuracy_fashion_mnist``, means over depths."""
+    base, result = (
+        json.loads((RESULTS / f"{own}.json").read_text())
+        for own in ("accuracy_fashion_mnist", name)
+    )
+    accuracies: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
+    for row in base["rows"] + result["rows"]:
+        for split in ("val", "test"):
+            key = row["method"], row["net"], split, row["seed"]
+            accuracies[key].append(100 * row[split])
+
+    def cells(method: str, net: str, split: str) -> list[str]:
+        found, less = [], []
+        for seed in base["settings"]["seeds"]:
+            if own := accuracies.get((method, net, split, seed)):
+                found.append(statistics.mean(own))
+                less.append(found[-1] - statistics.mean(accuracies["team", net, split, seed]))
+        return [spread(found), "" if method == "team" else spread(less, "+.1f")]
+
+    rows = []
+    for method in ("team", *result["settings"]["methods"]):
+        rows.append([method])
+        for net, split in (("a", "val"), ("a", "test"), ("b", "test"), ("ensemble", "test")):
+            rows[-1] += cells(method, net, split)
+    nets = ("a, validation", "a, test", "b, test", "averaged, test")
+    header = ["method", *(title for net in nets for title in (net, "difference"))]
+    return markdown(header, rows) + source(result)
+
+
 def onnx_files(name: str) -> str:
     """Size and time of the ONNX file for all depths, and time of the 8-bit ones."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
@@ -141,12 +171,12 @@ def loading(name: str) -> str:
     return markdown(header, rows) + source(result)
 
 
-def spread(values: list[float] | None) -> str:
+def spread(values: list[float] | None, digits: str = ".1f") -> str:
     """Mean and standard deviation, in per cent."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    return f"{statistics.mean(values):{digits}}{deviation}"
 
 
 def compatibility(name: str) -> str:
@@ -244,6 +274,9 @@ def shares(depths: dict[str, float]) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
+    "accuracy_ablations": variants,
+    "accuracy_transfers": variants,
+    "accuracy_policies": variants,
     "compatibility": compatibility,
     "compatibility_large": compatibility,
     "digits": per_depth,

@@ -38,6 +38,7 @@ def runs(cli, two_processes, tmp_path_factory):
     batch = "--data.init_args.batch_size"
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     cli(one, "fit", *options, batch, 2 * BATCH)
+    options += ["--model.a.grad_checkpointing", "true"]  # which changes no result
     two_processes(two, "fit", "--config", str(cli.config), *options, batch, str(BATCH))
     return [folder / "logs" / "version_0" for folder in (one, two)]
 
