@@ -277,6 +277,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "accuracy_ablations": variants,
     "accuracy_transfers": variants,
     "accuracy_policies": variants,
+    "accuracy_wide_leader": variants,
     "compatibility": compatibility,
     "compatibility_large": compatibility,
     "digits": per_depth,
