@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
@@ -105,9 +104,53 @@ class ScheduleConfig:
         done = min(1.0, (step - warmup) / (steps - warmup))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
-    def create(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Makes the scheduler of a training of that many steps."""
-        return LambdaLR(optimizer, partial(self.factor, steps=steps))
+
+class StepSchedule(LambdaLR):
+    """A schedule over all steps of a training, whose number is asked for with each step.
+
+    Not at once: to count the steps, Lightning sets up the loaders, and before it has restored a
+    checkpoint that would lose their position. `BatchSizeFinder` changes the number, too.
+
+    Args:
+        optimizer: What to schedule.
+        schedule: Learning rate at a step of so many, as a share of the peak.
+        trainer: Knows the number of steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: ScheduleConfig, trainer: Trainer) -> None:
+        self._schedule = schedule
+        self._trainer = trainer
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        if self._trainer.train_dataloader is None:
+            return 1.0  # until `start`
+        steps = training_steps(self._trainer)
+        return 1.0 if math.isinf(steps) else self._schedule.factor(step, int(steps))
+
+    def start(self) -> None:
+        """Sets the learning rate of the next step, now that there are loaders."""
+        factor = self._factor(self.last_epoch)
+        self._last_lr = [base * factor for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the schedule is; the rest is of this run."""
+        return {key: getattr(self, key) for key in _PROGRESS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at the step of a checkpoint, by this run's schedule."""
+        self.__dict__.update({key: state_dict[key] for key in _PROGRESS})
+
+
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+
+
+def training_steps(trainer: Trainer) -> float:
+    """Number of steps of a whole training; infinite if it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return steps if steps > 0 else math.inf  # -1 for a loader without length
 
 
 def configure(
@@ -116,13 +159,11 @@ def configure(
     """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
 
     Args:
-        module: Has a trainer, which knows the number of steps.
+        module: Has a trainer, which knows the number of steps. Its ``on_train_start`` starts the
+            schedule.
         optimizer: The optimiser of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
     """
     created = optimizer.create(module)
-    steps = module.trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        return created
-    scheduler = schedule.create(created, int(steps))
+    scheduler = StepSchedule(created, schedule, module.trainer)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -16,7 +16,13 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
-from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig, configure
+from teamnet_pl.cooperation.optimization import (
+    OptimizerConfig,
+    ScheduleConfig,
+    StepSchedule,
+    configure,
+    training_steps,
+)
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
 
@@ -236,9 +242,15 @@ class Team(LightningModule):
         return total + ramp * torch.stack(distilled).sum() if distilled else total
 
     def _ramp(self) -> float:
-        steps = self.cooperation.ramp * self.trainer.estimated_stepping_batches
+        steps = self.cooperation.ramp * training_steps(self.trainer)
         # Nothing to grow over without a ramp, or in a training without an end.
         return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
+
+    def on_train_start(self) -> None:
+        """Starts the schedule."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, StepSchedule):
+                config.scheduler.start()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One step of all members on one batch of images and labels."""
