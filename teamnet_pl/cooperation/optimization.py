@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
@@ -106,51 +107,68 @@ class ScheduleConfig:
 
 
 class StepSchedule(LambdaLR):
-    """A schedule over all steps of a training, whose number is asked for with each step.
+    """A schedule over all steps of a training, whose number is not known before it starts.
 
-    Not at once: to count the steps, Lightning sets up the loaders, and before it has restored a
-    checkpoint that would lose their position. `BatchSizeFinder` changes the number, too.
+    To count the steps, Lightning sets up the loaders, and before it has restored a checkpoint that
+    would lose their position. `BatchSizeFinder` changes the number, too.
 
     Args:
         optimizer: What to schedule.
-        schedule: Learning rate at a step of so many, as a share of the peak.
-        trainer: Knows the number of steps.
+        config: The learning rate.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: ScheduleConfig, trainer: Trainer) -> None:
-        self._schedule = schedule
-        self._trainer = trainer
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+        self.config = config
+        self.steps = math.inf
         super().__init__(optimizer, self._factor)
 
     def _factor(self, step: int) -> float:
-        if self._trainer.train_dataloader is None:
-            return 1.0  # until `start`
-        steps = training_steps(self._trainer)
-        return 1.0 if math.isinf(steps) else self._schedule.factor(step, int(steps))
+        return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
 
-    def start(self) -> None:
-        """Sets the learning rate of the next step, now that there are loaders."""
+    def start(self, steps: float) -> None:
+        """Sets the number of steps, and the learning rate of the next one.
+
+        Args:
+            steps: Of the whole training; infinite if it has no end.
+        """
+        self.steps = steps
         factor = self._factor(self.last_epoch)
         self._last_lr = [base * factor for base in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the schedule is; the rest is of this run."""
+        """How far the schedule is: the rest is known."""
         return {key: getattr(self, key) for key in _PROGRESS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at the step of a checkpoint, by this run's schedule."""
+        """Goes on from a checkpoint's step."""
         self.__dict__.update({key: state_dict[key] for key in _PROGRESS})
 
 
 _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 
 
-def training_steps(trainer: Trainer) -> float:
-    """Number of steps of a whole training; infinite if it has no end."""
-    steps = trainer.estimated_stepping_batches
-    return steps if steps > 0 else math.inf  # -1 for a loader without length
+def training_steps(trainer: Trainer, epochs: int | None) -> float:
+    """Number of the optimiser's steps in a whole training.
+
+    Args:
+        trainer: Has set up its loaders.
+        epochs: Number of epochs, which callbacks may have changed in the trainer; -1 or None for
+            no end.
+
+    Returns:
+        The number; infinite if the training has no end.
+    """
+    limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    batches = trainer.num_training_batches
+    if epochs is None or epochs < 0 or math.isinf(batches):
+        return limit
+    accumulated = [trainer.accumulate_grad_batches] * epochs
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+    return min(limit, max(1, sum(math.ceil(batches / number) for number in accumulated)))
 
 
 def configure(
@@ -159,11 +177,10 @@ def configure(
     """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
 
     Args:
-        module: Has a trainer, which knows the number of steps. Its ``on_train_start`` starts the
-            schedule.
+        module: Its ``on_train_start`` has to start the schedule.
         optimizer: The optimiser of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
     """
     created = optimizer.create(module)
-    scheduler = StepSchedule(created, schedule, module.trainer)
+    scheduler = StepSchedule(created, schedule)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -23,8 +25,10 @@ from teamnet_pl.cooperation.optimization import (
     configure,
     training_steps,
 )
+from teamnet_pl.cooperation.resuming import drop_finders, resume_epoch
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
+from teamnet_pl.randomness import seeded
 
 Stage = Literal["val", "test"]
 
@@ -160,6 +164,7 @@ class Team(LightningModule):
             {name: [depth.name for depth in net.depths] for name, net in self.elastic_nets.items()},
             has_leader=leader is not None,
         )
+        self._run_seed = torch.initial_seed()
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({who: _metrics(num_classes) for who in self._evaluated()})
@@ -241,21 +246,49 @@ class Team(LightningModule):
         total = torch.stack(label).sum()
         return total + ramp * torch.stack(distilled).sum() if distilled else total
 
-    def _ramp(self) -> float:
-        steps = self.cooperation.ramp * training_steps(self.trainer)
-        # Nothing to grow over without a ramp, or in a training without an end.
-        return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
+    def setup(self, stage: str) -> None:
+        """Notes the run's seed and length (Lightning's hook)."""
+        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
+        self._epochs = self.trainer.max_epochs  # before callbacks change it
+
+    def _step_seed(self, batch_idx: int) -> int:
+        """What dropout is drawn with: the same in a run that was resumed, another per process."""
+        parts = [self._run_seed, self.current_epoch, batch_idx, self.global_rank]
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the run's seed (Lightning's hook)."""
+        checkpoint["seed"] = self._run_seed
+        # A run that goes on from here does not log again what led here.
+        for logger in self.trainer.loggers:
+            logger.save()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Prepares to go on with a checkpoint (Lightning's hook)."""
+        self._run_seed = checkpoint.get("seed", self._run_seed)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            if checkpoint["global_step"]:
+                drop_finders(self._trainer)
 
     def on_train_start(self) -> None:
-        """Starts the schedule."""
+        """Starts the schedule, or goes on with it (Lightning's hook)."""
+        resume_epoch(self.trainer, self)
+        self._steps = training_steps(self.trainer, self._epochs)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, StepSchedule):
-                config.scheduler.start()
+                config.scheduler.start(self._steps)
+
+    def _ramp(self) -> float:
+        steps = self.cooperation.ramp * self._steps
+        # Nothing to grow over without a ramp, or in a training without an end.
+        return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One step of all members on one batch of images and labels."""
         images, target = batch
-        terms = self.losses(self(images), target)
+        with seeded(self._step_seed(batch_idx), images.device):
+            logits = self(images)
+        terms = self.losses(logits, target)
         ramp = self._ramp()
         loss = self.total_loss(terms, ramp)
         self.log("train/loss", loss, prog_bar=True)
