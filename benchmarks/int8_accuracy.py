@@ -16,15 +16,15 @@ from typing import Any
 import onnxruntime
 from results_file import save_results
 
-from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Teammate, export_files
-from teamnet_pl.deploy.checkpointed import checkpointed_data
+from teamnet_pl.deploy.checkpoint import SavedTeam
 
 
 def measure(path: str, name: str, images: int) -> list[dict[str, Any]]:
     """A row for each depth of a Teammate."""
-    data = checkpointed_data(load_checkpoint(path))
-    teammate = Teammate.from_checkpoint(path, name)
+    saved = SavedTeam.read(path)
+    data = saved.data_module()
+    teammate = Teammate.from_saved(saved, name)
     with tempfile.TemporaryDirectory() as folder:
         manifest = export_files(
             teammate, folder, ["onnx", "onnx_int8"], data=data, calibration_images=images

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from results_file import save_results
 
-from teamnet_pl.deploy.loading import load_teammate
+from teamnet_pl.deploy import Teammate
 
 METHODS = {"budget": "all depths", "fixed": "the deepest depth alone"}
 
@@ -210,7 +210,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = train(args, Path(folder))
-        depths = [depth.name for depth in load_teammate(checkpoint).depths]
+        depths = [depth.name for depth in Teammate.from_checkpoint(checkpoint).depths]
         choices = {"fixed": depths[:1], "budget": depths}
         for method, own in choices.items():
             with server(args, checkpoint, own) as address:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,36 +12,43 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-CONFIG_KEY = "teamnet_config"
-"""Where a checkpoint of the command line keeps the config of team and data, as YAML text."""
 
-
-def load_checkpoint(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Loads a file that `torch.save` or safetensors wrote, as tensors and plain values.
 
     Args:
-        path: The file; one of safetensors is told by its name's end.
+        path: The file; a name that ends in ``.safetensors`` is of that format.
         map_location: Device that the tensors go to.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, holds more than tensors and plain values (which are never
-            run), or is no dictionary.
+        ValueError: If it is not such a file, is damaged (by the checksums in it), holds more than
+            tensors and plain values (nothing else is unpickled), or is not a dictionary.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return load_file(path, device=map_location)
-        found = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # whatever the unpickler stumbles over
+        # torch.load itself does not look at the checksums that torch.save wrote.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a hostile file makes it raise
+        reason = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
         raise ValueError(
-            f"{path} is no checkpoint: it does not load as tensors and plain values "
-            f"({type(error).__name__})."
+            f"{path} is not a checkpoint, or is damaged: it does not load as tensors and plain "
+            f"values ({type(error).__name__}{reason}). Use another copy of the file."
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(found).__name__}, not a dict.")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict."
+        )
+    return content
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

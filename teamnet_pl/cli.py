@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,26 +24,25 @@ from lightning.pytorch.cli import (
 
 from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
-from teamnet_pl.checkpoints import CONFIG_KEY, load_checkpoint
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.data.loading import UnreadableImageError
+from teamnet_pl.deploy.checkpoint import SavedTeam
 
 _FROM_DATA = ("num_classes", "input_shape")
 
 
-class CheckpointedConfig(SaveConfigCallback):
-    """Also saves what makes the team and its data in each checkpoint, as YAML text."""
+class SaveRunConfig(SaveConfigCallback):
+    """Also has each checkpoint hold the data module and its arguments, as plain values."""
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Adds the config to a checkpoint."""
-        data = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["data"]
-        hparams = pl_module.hparams.items()
-        model = {k: v for k, v in hparams if k not in _FROM_DATA and not k.startswith("_")}
-        checkpoint[CONFIG_KEY] = yaml.safe_dump({"model": model, "data": data})
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves the config, and hands the team the part of it that checkpoints hold."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(pl_module, Team):
+            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            pl_module.run["data"] = config["data"]
 
 
 class TeamArgumentParser(LightningArgumentParser):
@@ -95,6 +94,13 @@ class TeamCLI(LightningCLI):
             default=False,
             help="Whether fit ends with a test of the best checkpoint.",
         )
+        parser.add_argument(
+            "--trust_import",
+            type=bool,
+            default=False,
+            help="Whether the checkpoint may name backbones, data modules and transforms by import "
+            "path, and addresses, which runs code: only for a file that you trust as you do code.",
+        )
         for name in _FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
@@ -136,7 +142,7 @@ class TeamCLI(LightningCLI):
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
         except (FileNotFoundError, ValueError) as error:
-            if not _raised_in(error, data.__name__):
+            if not _raised_in(error, "teamnet_pl"):
                 raise
             self._parser(subcommand).error(str(error))
 
@@ -155,26 +161,75 @@ def _raised_in(error: BaseException, package: str) -> bool:
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:
-    """Puts the config of a named checkpoint in front of the subcommand's other options."""
-    for index, argument in enumerate(args):
-        name, equals, value = argument.partition("=")
-        if name == "--ckpt_path":
-            path = Path(value if equals else "".join(args[index + 1 : index + 2]))
-            break
-    else:
+    """Puts the config of a named checkpoint in front of the subcommand's other options.
+
+    Only the arguments of the team and the data module are taken, after a check of what they name.
+    """
+    given = _given(args)
+    path = given.get("ckpt_path")
+    if path is None or path in ("best", "last", "hpc"):  # which Lightning looks for
         return args
-    if str(path) in ("best", "last", "hpc"):  # which Lightning looks for
-        return args
-    checkpoint = load_checkpoint(path, map_location="meta")
-    if "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(
-            f"{path} is no checkpoint of a training: it holds {', '.join(map(str, checkpoint))}. "
-            "Weights alone can start a member: --model.leader.checkpoint."
-        )
-    if CONFIG_KEY not in checkpoint:
-        return args
+    trust_import = given.get("trust_import") is True
+    saved = SavedTeam.read(str(path), trust_import, given, map_location="meta")
+    arguments = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in saved.arguments().items()
+        if name not in _FROM_DATA
+    }
+    config: dict[str, Any] = {"model": arguments}
+    stored, named = saved.run.get("data"), given.get("data.class_path")
+    # The arguments of another data module have nothing in common with the user's.
+    replaced = named is not None and not (
+        isinstance(stored, dict) and _same_class(named, stored.get("class_path"))
+    )
+    if stored is not None and not replaced:
+        config["data"] = saved.data()
     first = 1 + next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)
-    return [*args[:first], "--config", checkpoint[CONFIG_KEY], *args[first:]]
+    return [*args[:first], "--config", yaml.safe_dump(config), *args[first:]]
+
+
+def _same_class(given: object, stored: object) -> bool:
+    """Whether a class path that the user gave, which may be the bare name, is the stored one."""
+    return given == stored or f"teamnet_pl.data.{given}" == stored
+
+
+def _given(args: list[str]) -> dict[str, Any]:
+    """The values in a command line and its config files, by their dotted name.
+
+    Arguments of the data module are called ``data.init_args.<name>``, as in a config.
+    """
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(args):
+        if not argument.startswith("--"):
+            continue
+        name, equals, text = argument.removeprefix("--").partition("=")
+        following = args[index + 1 : index + 2]
+        if not equals:
+            text = following[0] if following and not following[0].startswith("--") else "true"
+        try:
+            if name == "config":
+                text = Path(text).read_text() if Path(text).is_file() else text
+                values |= _flat(yaml.safe_load(text))
+                continue
+            value = yaml.safe_load(text)
+        except (OSError, yaml.YAMLError):  # which the parser reports
+            value = text
+        parent, _, field = name.rpartition(".")
+        if name == "data" and isinstance(value, str):
+            name = "data.class_path"
+        elif parent == "data" and field not in ("class_path", "init_args"):
+            name = f"data.init_args.{field}"
+        values |= _flat(value, name)
+    return values
+
+
+def _flat(value: object, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    values: dict[str, Any] = {}
+    for key, inner in value.items():
+        values |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return values
 
 
 def run_command(name: str, words: list[str]) -> None:
@@ -208,7 +263,7 @@ def main(args: ArgsType = None) -> None:
         Team,
         ImageDataModule,
         subclass_mode_data=True,
-        save_config_callback=CheckpointedConfig,
+        save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "logger": {

@@ -6,8 +6,9 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
+from numpy.random import MT19937
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 
 @contextmanager
@@ -21,6 +22,7 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
         device: Where else to seed torch, if it is a CUDA device.
 
     Example:
+        >>> import numpy as np
         >>> def draw():
         ...     return torch.rand(()).item(), np.random.rand(), random.random()
         >>> with seeded(3):
@@ -41,15 +43,15 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
     before = [generator.get_state() for generator in generators]
     python = random.getstate()
     # NumPy's generator is exchanged, as its state takes long to set.
-    numpy = np.random.get_bit_generator()
+    numpy = get_bit_generator()
     for generator in generators:
         generator.manual_seed(seed)
     random.seed(seed)
-    np.random.set_bit_generator(np.random.MT19937(seed))
+    set_bit_generator(MT19937(seed))
     try:
         yield
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
         random.setstate(python)
-        np.random.set_bit_generator(numpy)
+        set_bit_generator(numpy)

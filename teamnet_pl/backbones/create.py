@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import timm
 import torchvision
@@ -19,6 +19,9 @@ from teamnet_pl.backbones.cifar_resnet import CifarResNet
 from teamnet_pl.backbones.from_torchvision import small_image_resnet, torchvision_model
 from teamnet_pl.backbones.wide_resnet import WideResNet
 from teamnet_pl.checkpoints import load_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # not in Python 3.10's typing
 
 _WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 _RESNETS = [
@@ -56,7 +59,7 @@ class BackboneConfig:
     checkpoint: str | None = None
     checkpoint_prefix: str = ""
 
-    def without_weights(self) -> BackboneConfig:
+    def without_weights(self) -> Self:
         """The same backbone from scratch, for weights that come from elsewhere."""
         options = {key: value for key, value in self.options.items() if key not in _WEIGHTS_OPTIONS}
         return replace(self, options=options, checkpoint=None, checkpoint_prefix="")

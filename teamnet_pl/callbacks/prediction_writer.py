@@ -10,12 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.cooperation import Team
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what `Team` predicts to ``predictions.csv`` beside the checkpoint.
 
-    One line for each image: its index in the dataset, and the label that each member predicts.
+    One line for each image: its index in the dataset, and the name of the class that each member
+    predicts; its label if the names of the classes are not known.
     Each of several processes writes the images that it saw, to ``predictions-<rank>.csv``.
     """
 
@@ -32,11 +34,15 @@ class PredictionWriter(BasePredictionWriter):
         """Writes the file."""
         folder = results_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
+        classes = pl_module.run.get("classes") if isinstance(pl_module, Team) else None
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         with open(folder / f"predictions{rank}.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["index", *predictions[0]])
             # Both are lists of batches; indices have one more level, for several dataloaders.
             for batch, indices in zip(predictions, batch_indices[0], strict=True):
-                labels = [own.argmax(dim=-1).tolist() for own in batch.values()]
-                writer.writerows(zip(indices, *labels, strict=True))
+                labels = [probabilities.argmax(dim=-1).tolist() for probabilities in batch.values()]
+                names = [
+                    [classes[label] if classes else label for label in column] for column in labels
+                ]
+                writer.writerows(zip(indices, *names, strict=True))

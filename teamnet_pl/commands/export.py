@@ -7,9 +7,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Teammate, export_files
-from teamnet_pl.deploy.checkpointed import checkpointed_data
+from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.deploy.files import Format
 
 
@@ -20,6 +19,7 @@ def export(
     teammate: Literal["a", "b"] = "a",
     depths: list[int] | None = None,
     calibration_images: int = 256,
+    trust_import: bool = False,
 ) -> None:
     """Exports a Teammate of a checkpoint, with a manifest of its depths.
 
@@ -33,14 +33,17 @@ def export(
         teammate: Which Teammate.
         depths: Which of its depths, by their number of blocks; by default all.
         calibration_images: Number of validation images that onnx_int8 finds ranges by.
+        trust_import: Whether the checkpoint may name a backbone or data module by import path, or
+            an address, which runs code: only for a file that you trust as you do code.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If it has no such Teammate or depth, or the net cannot be exported.
         ModuleNotFoundError: If a library that a format needs is not installed.
     """
-    chosen = Teammate.from_checkpoint(ckpt_path, teammate)
-    data = checkpointed_data(load_checkpoint(ckpt_path)) if "onnx_int8" in formats else None
+    saved = SavedTeam.read(ckpt_path, trust_import)
+    chosen = Teammate.from_saved(saved, teammate)
+    data = saved.data_module() if "onnx_int8" in formats else None
     manifest = export_files(chosen, out, formats, depths, data, calibration_images)
     table = Table("file", "bytes", "test accuracy", title=f"Teammate {teammate}, in {out}")
     files = list(manifest["files"].values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from teamnet_pl.deploy.loading import load_teammate
+from teamnet_pl.deploy.hub import Teammate
 from teamnet_pl.deploy.profile import (
     draw_profile,
     profile_depths,
@@ -21,6 +21,7 @@ def profile_teammate(
     device: str = "cpu",
     batch_sizes: list[int] = [1, 8],  # noqa: B006 (never changed; None would hide it in the help)
     runs: int = 50,
+    trust_import: bool = False,
 ) -> None:
     """Measures latency and memory of each depth of a Teammate on this machine.
 
@@ -35,13 +36,15 @@ def profile_teammate(
         device: Where to run it, such as ``cuda``.
         batch_sizes: Numbers of images at once.
         runs: How often each depth and batch size is timed.
+        trust_import: Whether the checkpoint may name a backbone by import path, which runs code:
+            only for a file that you trust as you do code.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no checkpoint of a team or has no such Teammate, there is no such
             device, or a number is not positive.
     """
-    net = load_teammate(ckpt_path, teammate, device)
+    net = Teammate.from_checkpoint(ckpt_path, teammate, device=device, trust_import=trust_import)
     views = {depth.name: net.view(depth) for depth in net.depths}
     measured = profile_depths(net, views, batch_sizes, runs)
     folder = Path(ckpt_path).parent

@@ -19,6 +19,7 @@ def serve_teammate(
     max_pixels: int = MAX_PIXELS,
     host: str = "127.0.0.1",
     port: int = 8000,
+    trust_import: bool = False,
 ) -> None:
     """Serves a Teammate's predictions over HTTP, each within a budget of time.
 
@@ -37,6 +38,8 @@ def serve_teammate(
         max_pixels: Size of an image that is accepted.
         host: Address to listen at; 0.0.0.0 for all.
         port: Port to listen at; 0 for a free one.
+        trust_import: Whether the checkpoint may name a backbone or a transform by import path,
+            which runs code: only for a file that you trust as you do code.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -53,6 +56,7 @@ def serve_teammate(
         profile=profile,
         depths=depths,
         batch_sizes=(1, max_batch_size),
+        trust_import=trust_import,
     )
     endpoints = server.Server(
         predictor,

@@ -1,7 +1,8 @@
 """A team of nets that learn from labels and from each other."""
 
+from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig
 from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
-from teamnet_pl.cooperation.team import LeaderConfig, Team, TeammateConfig
+from teamnet_pl.cooperation.team import Team
 from teamnet_pl.cooperation.transfers import Cooperation, Edge, Transfer, distillation_loss
 
 __all__ = [

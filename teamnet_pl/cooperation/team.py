@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from teamnet_pl.backbones import BackboneConfig, create_backbone
+from teamnet_pl.backbones import create_backbone
+from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
 from teamnet_pl.cooperation.optimization import (
     OptimizerConfig,
     ScheduleConfig,
@@ -27,49 +29,14 @@ from teamnet_pl.cooperation.optimization import (
 )
 from teamnet_pl.cooperation.resuming import drop_finders, resume_epoch
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
-from teamnet_pl.elastic import DepthPolicy, DepthSpec, ElasticNet
+from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.randomness import seeded
+from teamnet_pl.trust import Trust
 
 Stage = Literal["val", "test"]
 
-
-@dataclass(frozen=True)
-class LeaderConfig(BackboneConfig):
-    """The Leader.
-
-    Attributes:
-        frozen: Whether it only teaches: evaluation mode, no gradient, no label loss.
-    """
-
-    frozen: bool = False
-
-
-@dataclass(frozen=True)
-class TeammateConfig(BackboneConfig):
-    """A Teammate.
-
-    Attributes:
-        depths: How many depths, or the number of blocks that each keeps, or the number that each
-            keeps in each stage; see `teamnet_pl.elastic.derive_depths`.
-        policy: The order in which blocks are dropped.
-        interleaved: Whether a number of depths lie between those of a Teammate that is not.
-        blocks: Names of the skippable blocks, with wildcards; by default they are found.
-        per_depth_affine: Whether batch norms have weights and biases per depth.
-        grad_checkpointing: Whether blocks run again in the backward pass: less memory, more time.
-    """
-
-    depths: DepthSpec = 4
-    policy: DepthPolicy = "last_stage_first"
-    interleaved: bool = False
-    blocks: list[str] | None = None
-    per_depth_affine: bool = False
-    grad_checkpointing: bool = False
-
-    def elastic_options(self) -> dict[str, Any]:
-        """What `ElasticNet` takes beside the backbone and its input's shape."""
-        inherited = fields(BackboneConfig)
-        own = [field.name for field in fields(TeammateConfig)[len(inherited) :]]
-        return {name: getattr(self, name) for name in own}
+RUN_KEY = "teamnet"
+"""Where a checkpoint holds `Team.run`."""
 
 
 class Team(LightningModule):
@@ -89,6 +56,10 @@ class Team(LightningModule):
         optimizer: The optimiser of all of them.
         schedule: Its learning rate over the training.
         label_smoothing: Share of the label spread over all classes, from 0 to 1.
+
+    Attributes:
+        run: Plain values about the run, which each checkpoint holds: ``preprocessing`` and
+            ``classes`` as the data module describes them, and what the command line adds.
 
     Raises:
         ValueError: If there is no such backbone, it cannot be elastic, or a depth, a transfer or an
@@ -110,9 +81,10 @@ class Team(LightningModule):
         self,
         num_classes: int,
         input_shape: Sequence[int],
-        leader: LeaderConfig | None = LeaderConfig(),  # a default that the CLI shows
-        a: TeammateConfig = TeammateConfig(),
-        b: TeammateConfig | None = TeammateConfig(interleaved=True),
+        # Defaults that the CLI shows, and that never change.
+        leader: LeaderConfig | None = LeaderConfig(),  # noqa: B008
+        a: TeammateConfig = TeammateConfig(),  # noqa: B008
+        b: TeammateConfig | None = TeammateConfig(interleaved=True),  # noqa: B008
         cooperation: Cooperation = Cooperation(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
@@ -136,10 +108,10 @@ class Team(LightningModule):
                 "optimizer": asdict(optimizer),
                 "schedule": asdict(schedule),
                 "label_smoothing": label_smoothing,
-                # Lightning's own, which turns the values into the dataclasses again.
-                "_instantiator": "lightning.pytorch.cli.instantiate_module",
             }
         )
+        self.run: dict[str, Any] = {}
+        self._classes: list[str] | None = None  # of the data that the trainer has
         self.input_shape = tuple(input_shape)
         self.cooperation = cooperation
         self.optimizer_config = optimizer
@@ -170,6 +142,89 @@ class Team(LightningModule):
                 stage: nn.ModuleDict({who: _metrics(num_classes) for who in self._evaluated()})
                 for stage in get_args(Stage)
             }
+        )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        strict: bool = True,
+        *,
+        trust_import: bool = False,
+        **kwargs: Any,
+    ) -> Team:
+        """Restores a team by the arguments and weights in a checkpoint.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: Device that the tensors go to; by default the one they were on.
+            strict: Whether the weights' names must be those of the team.
+            trust_import: Whether the checkpoint may name backbones by import path, which runs code:
+                only for a file that you trust as you do code.
+            **kwargs: Arguments that replace those in the checkpoint.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a checkpoint of a team, is damaged, or names what is not
+                trusted; or if its weights do not fit its team.
+        """
+        checkpoint = load_checkpoint(checkpoint_path, map_location)
+        values, weights = team_content(checkpoint_path, checkpoint)
+        values = {name: value for name, value in values.items() if name not in kwargs}
+        trust = Trust(checkpoint_path, trust_import)
+        team = cls(**restore_arguments(cls, values, trust) | kwargs)
+        team.on_load_checkpoint(checkpoint)
+        load_weights(team, weights, checkpoint_path, strict)
+        device = next((tensor.device for tensor in weights.values()), None)
+        return team.to(device)
+
+    def setup(self, stage: str) -> None:
+        """Notes the run's seed, its length and its data, and checks the data's classes."""
+        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
+        self._epochs = self.trainer.max_epochs  # before callbacks change it
+        describe = getattr(self.trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
+        if describe is None:
+            return
+        description = describe()
+        self._classes = description["classes"]
+        self._check_classes(self.run.get("classes"))
+        if stage == "fit":
+            self.run |= description
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the values about the run, also where only weights are saved."""
+        checkpoint[RUN_KEY] = self.run | {"seed": self._run_seed}
+        # A run that goes on from here does not log again what led here.
+        for logger in self.trainer.loggers:
+            logger.save()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over the values about the run that the team does not know yet, and its seed."""
+        saved = checkpoint.get(RUN_KEY) or {}
+        self._check_classes(saved.get("classes"))
+        self.run = saved | self.run
+        if isinstance(seed := saved.get("seed"), int):
+            self._run_seed = abs(seed)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and checkpoint.get("global_step"):
+            drop_finders(trainer)
+
+    def _check_classes(self, trained: list[str] | None) -> None:
+        """Refuses data with other classes than the team was trained on, by their names."""
+        if not trained or not self._classes or trained == self._classes:
+            return
+        unnamed = [str(label) for label in range(len(trained))]
+        if unnamed in (trained, self._classes):
+            return
+        gone = [name for name in trained if name not in self._classes]
+        new = [name for name in self._classes if name not in trained]
+        difference = f"missing: {_listed(gone)}; new: {_listed(new)}"
+        if not gone and not new:
+            difference = f"the order is {_listed(self._classes)}, not {_listed(trained)}"
+        raise ValueError(
+            f"The data has other classes than the team was trained on ({difference}). Name the "
+            "classes as they were in training."
         )
 
     @property
@@ -246,29 +301,10 @@ class Team(LightningModule):
         total = torch.stack(label).sum()
         return total + ramp * torch.stack(distilled).sum() if distilled else total
 
-    def setup(self, stage: str) -> None:
-        """Notes the run's seed and length (Lightning's hook)."""
-        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
-        self._epochs = self.trainer.max_epochs  # before callbacks change it
-
     def _step_seed(self, batch_idx: int) -> int:
         """What dropout is drawn with: the same in a run that was resumed, another per process."""
         parts = [self._run_seed, self.current_epoch, batch_idx, self.global_rank]
         return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the run's seed (Lightning's hook)."""
-        checkpoint["seed"] = self._run_seed
-        # A run that goes on from here does not log again what led here.
-        for logger in self.trainer.loggers:
-            logger.save()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Prepares to go on with a checkpoint (Lightning's hook)."""
-        self._run_seed = checkpoint.get("seed", self._run_seed)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            if checkpoint["global_step"]:
-                drop_finders(self._trainer)
 
     def on_train_start(self) -> None:
         """Starts the schedule, or goes on with it (Lightning's hook)."""
@@ -350,6 +386,81 @@ class Team(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser for all members, its learning rate scheduled by the step."""
         return configure(self, self.optimizer_config, self.schedule_config)
+
+
+def team_content(
+    source: object, checkpoint: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Takes the hyper-parameters and the weights out of a checkpoint of a `Team`.
+
+    Args:
+        source: The file, for messages.
+        checkpoint: Its content.
+
+    Raises:
+        ValueError: If it is not a checkpoint of a team.
+    """
+    values, weights = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
+    required = {"num_classes", "input_shape", "a", "b"}
+    if not isinstance(values, Mapping) or not required <= values.keys():
+        raise ValueError(
+            f"{source} is not a checkpoint of a team: it holds "
+            f"{', '.join(map(str, checkpoint))}. Give one that teamnet fit saved."
+        )
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
+        raise ValueError(f"{source} does not hold weights (state_dict): use another copy of it.")
+    check_task(source, values["num_classes"], values["input_shape"])
+    return dict(values), dict(weights)
+
+
+def check_task(source: object, num_classes: object, input_shape: object) -> None:
+    """Checks the number of classes and the shape of images that come from a file.
+
+    Args:
+        source: The file, for messages.
+        num_classes: Should be 2 or more.
+        input_shape: Should be ``(channels, height, width)``.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if type(num_classes) is not int or num_classes < 2:
+        raise ValueError(f"{source}: num_classes must be 2 or more, found {num_classes!r}.")
+    if (
+        not isinstance(input_shape, list | tuple)
+        or len(input_shape) != 3
+        or any(type(size) is not int or size < 1 for size in input_shape)
+    ):
+        raise ValueError(
+            f"{source}: input_shape must be (channels, height, width), found {input_shape!r}."
+        )
+
+
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], source: object, strict: bool = True
+) -> None:
+    """Loads weights into a module.
+
+    Args:
+        module: The module.
+        weights: By name.
+        source: The file that they come from, for messages.
+        strict: Whether the names must be those of the module.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    try:
+        module.load_state_dict(weights, strict=strict)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {source} are not those of its team: {error}") from error
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "none") + more
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

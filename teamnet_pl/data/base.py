@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 from torch import Tensor
@@ -24,6 +26,7 @@ from teamnet_pl.data.loading import (
     Skipped,
     TransformedSubset,
 )
+from teamnet_pl.data.preprocessing import PreprocessingConfig, describe_transform
 
 Split = Literal["train", "val", "test"]
 
@@ -100,6 +103,7 @@ class ImageDataModule(LightningDataModule, ABC):
     mean: Sequence[float]
     std: Sequence[float]
     has_val = False
+    bits = 16
     skipped: Skipped | None = None  # where images that can't be read are noted
 
     def __init__(
@@ -161,6 +165,32 @@ class ImageDataModule(LightningDataModule, ABC):
     def eval_transform(self) -> list[v2.Transform]:
         """What brings a validation or test image to ``input_shape``; here nothing."""
         return []
+
+    def describe(self) -> dict[str, Any]:
+        """Describe, as plain values, how images reach a net and what its outputs stand for.
+
+        Returns:
+            ``preprocessing``: the fields of :class:`PreprocessingConfig`; ``classes``: the names of
+            the classes, in the order of the labels.
+        """
+        try:
+            transform = [describe_transform(transform) for transform in self.eval_transform()]
+        except ValueError as error:
+            transform = None
+            rank_zero_warn(
+                f"Checkpoints will lack the evaluation transform, which prediction needs: {error}"
+            )
+        preprocessing = PreprocessingConfig(
+            input_shape=list(self.input_shape),
+            mean=[float(value) for value in self.mean],
+            std=[float(value) for value in self.std],
+            transform=transform,
+            bits=self.bits,
+        )
+        return {
+            "preprocessing": asdict(preprocessing),
+            "classes": list(getattr(self, "classes", map(str, range(self.num_classes)))),
+        }
 
     def setup(self, stage: str) -> None:
         """Load and split what the stage needs (Lightning's hook)."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -117,23 +117,41 @@ def check_size(name: str, size: tuple[int, int], others: tuple[int, int] | None)
         )
 
 
-def read_image(name: str, source: Path | BytesIO, channels: int) -> Image.Image:
-    """Decodes an image as :func:`upright` has it.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Formats of image files that are read: Pillow knows others whose readers run other programs."""
+
+
+def read_image(
+    name: str,
+    source: Path | BytesIO,
+    channels: int,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """Decodes an image as :func:`upright` has it, the same to train and to predict.
 
     Args:
         name: What to call it in an error.
-        source: Its file or bytes.
+        source: Its file or bytes, of which nothing is trusted.
         channels: 3 for RGB, 1 for grey.
+        max_pixels: Larger images are refused before they are decoded.
 
     Returns:
         An image of mode RGB or L.
 
     Raises:
-        UnreadableImageError: It is corrupt, truncated, no image, or of 32-bit values.
+        UnreadableImageError: It is corrupt, truncated, too large, of 32-bit values, or not an image
+            in one of `FORMATS`.
     """
     try:
-        with Image.open(source) as opened:
+        with Image.open(source, formats=FORMATS) as opened:
+            width, height = opened.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise ValueError(f"it has {width}x{height} pixels, {max_pixels:,} are allowed")
             return upright(opened, channels)
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(
+            f"{name}: not an image in one of the formats {', '.join(FORMATS)}."
+        ) from error
     except Exception as error:  # Pillow's plugins raise whatever comes to them
         raise UnreadableImageError(f"{name}: {error}") from error
 
@@ -190,7 +208,7 @@ def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, in
     for index in np.linspace(0, len(images) - 1, count).round().astype(int).tolist():
         name, source = images.source(index)
         try:
-            with Image.open(source) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 _check_mode(image)
                 turned = image.getexif().get(0x0112, 1) >= 5
                 size = (image.width, image.height) if turned else (image.height, image.width)

@@ -74,7 +74,9 @@ class SameOrderSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]
 
     def order(self) -> list[int]:
         """This process's images of the epoch, as many as of each other process."""
-        return list(np.resize(np.arange(self.images), self.total_size)[self.rank :: self.num_replicas])
+        return list(
+            np.resize(np.arange(self.images), self.total_size)[self.rank :: self.num_replicas]
+        )
 
 
 class Resumable(ABC):

@@ -92,8 +92,8 @@ def export_files(
         "backbone": teammate.config.name,
         "num_classes": teammate.num_classes,
         "input_shape": list(teammate.input_shape),
-        "mean": teammate.mean,
-        "std": teammate.std,
+        "preprocessing": teammate.preprocessing and asdict(teammate.preprocessing),
+        "classes": teammate.classes,
         "accuracy_split": teammate.split,
         "depths": [
             asdict(record) | {"files": {}} for record in teammate.records() if record.name in chosen

@@ -1,18 +1,24 @@
-"""A Teammate on its own, with what it takes to use it; the Hugging Face Hub."""
+"""A Teammate on its own, with all that it takes to use it; the Hugging Face Hub."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import load_checkpoint, weights_digest
+from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import TeammateConfig
-from teamnet_pl.deploy.checkpointed import checkpointed_data
+from teamnet_pl.cooperation.configs import restore_member
+from teamnet_pl.cooperation.team import check_task, load_weights
+from teamnet_pl.data.preprocessing import PreprocessingConfig
+from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs
+from teamnet_pl.trust import Trust
 
 CARD = """\
 ---
@@ -25,8 +31,8 @@ An image classifier that runs at any of these depths, by one set of weights:
 
 {{ table }}
 
-It tells {{ num_classes }} classes apart and takes images of shape {{ input_shape }}, their pixels
-in [0, 1]{{ normalisation }}.
+It tells {{ num_classes }} classes apart{{ classes }}. It takes images of shape {{ input_shape }},
+their pixels in [0, 1]{{ normalisation }}.
 
 ```python
 from teamnet_pl.deploy import Teammate
@@ -82,13 +88,14 @@ class Teammate(
         num_classes: Number of classes.
         input_shape: Shape of one image, ``(channels, height, width)``.
         net: The backbone and its depths. Weights to start from are left out.
-        mean: Mean of each channel, to be subtracted from pixels in [0, 1].
-        std: Standard deviation of each channel, by which they are to be divided then.
+        preprocessing: How images become its input; None if that is not known.
+        classes: Names of the classes, in the order of the labels; None if they are not known.
         accuracy: Share of the images whose label is predicted first, by the depth's name.
         split: The images that the accuracy was measured on, such as ``test``.
 
     Raises:
-        ValueError: If there is no such backbone, it cannot be elastic, or has no such depths.
+        ValueError: If there is no such backbone, it cannot be elastic or has no such depths, or
+            there is not one name for each class.
 
     Example:
         >>> net = Teammate(10, (1, 8, 8), TeammateConfig(depths=[7, 3]))
@@ -102,11 +109,13 @@ class Teammate(
         num_classes: int,
         input_shape: Sequence[int],
         net: TeammateConfig,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        preprocessing: PreprocessingConfig | None = None,
+        classes: list[str] | None = None,
         accuracy: dict[str, float] | None = None,
         split: str | None = None,
     ) -> None:
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
         super().__init__(
             create_backbone(net.without_weights(), num_classes, input_shape[0]),
             input_shape,
@@ -114,62 +123,85 @@ class Teammate(
         )
         self.num_classes = num_classes
         self.config = net
-        self.mean = mean
-        self.std = std
+        self.preprocessing = preprocessing
+        self.classes = classes
         self.accuracy = accuracy or {}
         self.split = split
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, name: str = "a") -> "Teammate":
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        name: str = "a",
+        *,
+        device: str | torch.device = "cpu",
+        trust_import: bool = False,
+    ) -> "Teammate":
         """Takes one Teammate out of the checkpoint of a training.
 
-        Its normalisation is that of the data in the checkpoint, and its accuracy is what
-        ``per_depth.json`` beside the checkpoint says, if it is there and of these very weights.
+        Its preprocessing and the names of its classes are those in the checkpoint, and its accuracy
+        is that in ``per_depth.json`` beside the checkpoint, if it is there and of these very
+        weights.
 
         Args:
             path: The checkpoint.
             name: ``a`` or ``b``.
+            device: Where to put it.
+            trust_import: Whether the checkpoint may name a backbone by import path, which runs
+                code: only for a file that you trust as you do code.
 
         Returns:
             The Teammate, in evaluation mode.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no checkpoint of a training, or its team has no such Teammate.
+            ValueError: If it is not a checkpoint of a training, is damaged, names what is not
+                trusted, or its team has no such Teammate; or if there is no such device.
         """
-        checkpoint = load_checkpoint(path)
-        hparams, state = checkpoint.get("hyper_parameters", {}), checkpoint.get("state_dict")
-        if state is None or not {"num_classes", "input_shape", "a", "b"} <= hparams.keys():
-            raise ValueError(
-                f"{path} is no checkpoint of a team: it holds {', '.join(map(str, checkpoint))}. "
-                "Give one that teamnet fit saved."
-            )
-        if not hparams.get(name):
-            there = ", ".join(mate for mate in ("a", "b") if hparams[mate])
-            raise ValueError(f"The team in {path} has the Teammates {there}; found {name}.")
-        data = checkpointed_data(checkpoint)
-        report = Path(path).parent / "per_depth.json"
-        rows = []
-        if report.is_file():
-            weights = weights_digest(state)
-            rows = json.loads(report.read_text())
-            rows = [row for row in rows if row["net"] == name and row.get("weights") == weights]
+        return cls.from_saved(SavedTeam.read(path, trust_import), name, device)
+
+    @classmethod
+    def from_saved(
+        cls, saved: SavedTeam, name: str = "a", device: str | torch.device = "cpu"
+    ) -> "Teammate":
+        """Takes one Teammate out of a checkpoint that was read.
+
+        Args:
+            saved: The checkpoint.
+            name: ``a`` or ``b``.
+            device: Where to put it.
+
+        Returns:
+            The Teammate, in evaluation mode.
+
+        Raises:
+            ValueError: As `from_checkpoint`.
+        """
+        values = saved.hyper_parameters
+        if name not in ("a", "b") or not values[name]:
+            names = ", ".join(mate for mate in ("a", "b") if values[mate])
+            raise ValueError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
+        accuracy, split = saved.accuracies(name)
         teammate = cls(
-            hparams["num_classes"],
-            hparams["input_shape"],
-            TeammateConfig(**hparams[name]),
-            mean=None if data is None else list(data.mean),
-            std=None if data is None else list(data.std),
-            accuracy={row["depth"]: row["accuracy"] for row in rows},
-            split=rows[0]["split"] if rows else None,
+            values["num_classes"],
+            values["input_shape"],
+            restore_member(TeammateConfig, f"model.{name}", values[name], saved.trust),
+            preprocessing=saved.preprocessing,
+            classes=saved.classes,
+            accuracy=accuracy,
+            split=split,
         )
         prefix = f"teammates.{name}."
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        weights = {
+            key.removeprefix(prefix): weight
+            for key, weight in saved.weights.items()
+            if key.startswith(prefix)
+        }
+        load_weights(teammate, weights, saved.path)
         try:
-            teammate.load_state_dict(own)
-        except RuntimeError as error:
-            raise ValueError(f"The weights in {path} are not those of its team: {error}") from error
-        return teammate.eval()
+            return teammate.eval().to(device)
+        except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
+            raise ValueError(f"The net cannot be put on {device}: {error}") from error
 
     def records(self) -> list[DepthRecord]:
         """What is known of each depth, the deepest first."""
@@ -199,13 +231,18 @@ class Teammate(
             for row, record in zip(rows, records, strict=True):
                 row.append("" if record.accuracy is None else f"{record.accuracy:.2%}")
         lines = [header, ["---"] * len(header), *rows]
-        known = self.mean is not None
-        normalisation = f", less {self.mean}, divided by {self.std}" if known else ""
+        normalisation, classes = "", ""
+        if self.preprocessing is not None:
+            mean, std = self.preprocessing.mean, self.preprocessing.std
+            normalisation = f", less {mean}, divided by {std}"
+        if self.classes is not None:
+            classes = f": {', '.join(self.classes)}"
         return super().generate_model_card(
             backbone=self.config.name,
             depths=len(self.depths),
             table="\n".join("| " + " | ".join(line) + " |" for line in lines),
             num_classes=self.num_classes,
+            classes=classes,
             input_shape=list(self.input_shape),
             normalisation=normalisation,
             shallowest=self.depths[-1].name,
@@ -213,30 +250,76 @@ class Teammate(
         )
 
     @classmethod
-    def _from_pretrained(cls, *, trust_import: bool = False, **kwargs: Any) -> "Teammate":
-        """Builds the net and loads its weights.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, trust_import: bool = False, **kwargs: Any
+    ) -> "Teammate":
+        """Restores a Teammate from a folder or the Hub; nothing in its files is run.
 
         Args:
-            trust_import: Whether the backbone may be one of an import path, which is called with
-                what the config says: only for a config that you trust as you do code.
-            **kwargs: Arguments of the mixin's own and of the class.
+            pretrained_model_name_or_path: A folder that ``save_pretrained`` wrote, or the name of a
+                repository on the Hub.
+            trust_import: Whether the config may name a backbone by import path, which runs code:
+                only for files that you trust as you do code.
+            **kwargs: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
+
+        Returns:
+            The Teammate, in evaluation mode.
 
         Raises:
-            ValueError: If there is no config, or the backbone is not to be trusted.
+            ValueError: If the config or the weights are missing, damaged or do not fit each other,
+                or the config names what is not trusted.
         """
-        net = kwargs.get("net")
-        if net is None:
-            raise ValueError(f"{kwargs['model_id']} has no config.json of a Teammate.")
-        if "/" not in net.name and not trust_import:
-            raise ValueError(
-                f"The backbone of {kwargs['model_id']}, {net.name}, is neither of torchvision nor "
-                "of timm: to load it runs code of that name. If you trust it, pass "
-                "trust_import=True."
+        try:
+            teammate: Teammate = super().from_pretrained(
+                pretrained_model_name_or_path, trust_import=trust_import, **kwargs
             )
-        teammate: Teammate = super()._from_pretrained(**kwargs | {"strict": True})
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold a Teammate, or is damaged: {error}"
+            ) from error
         return teammate
 
     @classmethod
+    def _from_pretrained(cls, *, trust_import: bool = False, **kwargs: Any) -> "Teammate":
+        """Builds the net and loads its weights."""
+        source = kwargs["model_id"]
+        if "net" not in kwargs:
+            raise ValueError(f"{source} has no config.json of a Teammate.")
+        trust = Trust(source, trust_import)
+        # The mixin made it without a look at the types of the values.
+        net = restore_member(TeammateConfig, "net", vars(kwargs["net"]), trust)
+        if (preprocessing := kwargs.get("preprocessing")) is not None:
+            preprocessing = restore_preprocessing(vars(preprocessing), trust)
+        check_task(source, kwargs.get("num_classes"), kwargs.get("input_shape"))
+        check_classes(source, kwargs.get("classes"), kwargs["num_classes"])
+        changes = {"net": net, "preprocessing": preprocessing, "strict": True}
+        teammate: Teammate = super()._from_pretrained(**kwargs | changes)
+        return teammate
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Saves the weights with their digest."""
+        path = save_directory / constants.SAFETENSORS_SINGLE_FILE
+        save_model(self, str(path), {"weights": weights_digest(self.state_dict())})
+
+    @classmethod
+    def _load_as_safetensor(  # type: ignore[override]
+        cls, model: "Teammate", model_file: str, map_location: str, strict: bool
+    ) -> "Teammate":
+        """Loads the weights and compares their digest."""
+        try:
+            load_model(model, model_file, strict=strict, device=map_location)
+            with safe_open(model_file, framework="pt") as file:
+                digest = (file.metadata() or {}).get("weights")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{model_file} cannot be read as safetensors: {error}") from error
+        if digest is not None and digest != weights_digest(model.state_dict()):
+            raise ValueError(
+                f"{model_file} is damaged: its weights are not those that were saved, by their "
+                "checksum. Use another copy of the file."
+            )
+        return model.eval()
+
+    @classmethod
     def _load_as_pickle(cls, *_: Any) -> NoReturn:
-        """Refuses what is not safetensors."""
+        """Refuses files that are not safetensors."""
         raise ValueError("There is no model.safetensors; other files with weights are not loaded.")

@@ -10,55 +10,24 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from teamnet_pl.data.images import upright
+from teamnet_pl.data.images import read_image, upright
+from teamnet_pl.data.preprocessing import PreprocessingConfig
+from teamnet_pl.trust import Trust
 
-OneImage: TypeAlias = Tensor | npt.NDArray[Any] | Image.Image | str | Path
+OneImage: TypeAlias = Tensor | npt.NDArray[Any] | Image.Image | str | Path | bytes
 Images: TypeAlias = OneImage | Sequence[OneImage]
-"""One image or several.
+"""One image or several: tensors, arrays, PIL images, paths of image files, or their content.
 
 A tensor has the shape ``(C, H, W)`` or ``(N, C, H, W)``, an array ``(H, W)``, ``(H, W, C)`` or
 ``(N, H, W, C)``. Both hold integers from 0 to 255 (uint8) or floats from 0 to 1.
 """
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Formats of image files that are read: Pillow knows others whose readers run other programs."""
 MAX_PIXELS = 2**24
 """Pixels that an image file may have, by default: those of 4096x4096."""
-
-
-def open_image(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads an image file, of which nothing is trusted.
-
-    Args:
-        file: Its path, or what is in it.
-        max_pixels: Larger images are refused before they are decoded.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, not all there, in a format other than `FORMATS`, or too
-            large.
-    """
-    name = "The data" if isinstance(file, bytes) else str(file)
-    if not isinstance(file, bytes) and not Path(file).is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
-    try:
-        with Image.open(
-            BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
-        ) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(f"it has {width}x{height} pixels, {max_pixels:,} are allowed")
-            image.load()
-            return image
-    except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"{name} is no image in one of the formats {known}.") from error
-    except Exception as error:  # whatever a decoder stumbles over
-        raise ValueError(f"{name} cannot be read as an image: {error}.") from error
 
 
 class Preprocessing:
@@ -68,11 +37,12 @@ class Preprocessing:
         input_shape: Shape of one image as the net takes it, ``(channels, height, width)``.
         mean: Mean of each channel over the training images, for pixels in [0, 1].
         std: Standard deviation, likewise.
-        transforms: What brings an image to ``input_shape``, torchvision v2 transforms.
+        transforms: torchvision v2 transforms that bring an image to ``input_shape``.
+        bits: Number of bits that hold values in files of 16 bits.
 
     Raises:
-        ValueError: If mean or std do not have one value for each channel, or std one that is not
-            positive.
+        ValueError: If an argument is out of its range, or mean and std do not have one value for
+            each channel.
 
     Example:
         >>> preprocessing = Preprocessing((1, 8, 8), mean=[0.5], std=[0.5])
@@ -87,22 +57,35 @@ class Preprocessing:
         mean: Sequence[float],
         std: Sequence[float],
         transforms: Sequence[v2.Transform] = (),
+        bits: int = 16,
     ) -> None:
+        PreprocessingConfig(list(input_shape), list(mean), list(std), bits=bits)  # checks them
         self.input_shape = tuple(input_shape)
-        channels = self.input_shape[0]
-        if not len(mean) == len(std) == channels or min(std) <= 0:
-            raise ValueError(
-                f"mean and std must have a value for each of {channels} channels, std a positive "
-                f"one; found {list(mean)} and {list(std)}."
-            )
+        self.bits = bits
         self._each = v2.Compose([v2.ToImage(), *transforms])
         self._all = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
-    def __call__(self, images: Images) -> Tensor:
+    @classmethod
+    def from_config(cls, config: PreprocessingConfig, trust: Trust) -> Preprocessing:
+        """Makes the preprocessing that a file describes.
+
+        Args:
+            config: The description.
+            trust: Whether transforms that are not torchvision's may be made.
+
+        Raises:
+            ValueError: If a transform is not to be trusted or cannot be made, or they are not
+                known.
+        """
+        transforms = config.transforms(trust)
+        return cls(config.input_shape, config.mean, config.std, transforms, config.bits)
+
+    def __call__(self, images: Images, max_pixels: int = MAX_PIXELS) -> Tensor:
         """Reads, transforms and normalises images.
 
         Args:
             images: One image or several, see `Images`.
+            max_pixels: Files of larger images are refused before they are decoded.
 
         Returns:
             float32, shape ``(N, *input_shape)``.
@@ -111,22 +94,27 @@ class Preprocessing:
             FileNotFoundError: If there is no such file.
             ValueError: If there is no image, or one is none, or does not come to ``input_shape``.
         """
-        batch = [self._one(image) for image in _split(images)]
+        batch = [self._one(image, max_pixels) for image in _split(images)]
         if not batch:
             raise ValueError("There must be at least one image, found none.")
         return torch.stack(batch)
 
-    def _one(self, image: OneImage) -> Tensor:
+    def _one(self, image: OneImage, max_pixels: int) -> Tensor:
+        channels = self.input_shape[0]
+        if isinstance(image, str | Path | bytes | Image.Image) and channels not in (1, 3):
+            raise ValueError(f"The net takes {channels} channels: pass tensors or arrays.")
         if isinstance(image, str | Path):
-            image = open_image(image)
-        if isinstance(image, Image.Image):
-            if (channels := self.input_shape[0]) not in (1, 3):
-                raise ValueError(f"The net takes {channels} channels: pass tensors or arrays.")
+            if not Path(image).is_file():
+                raise FileNotFoundError(f"There is no file {image}.")
+            image = read_image(str(image), Path(image), channels, max_pixels)
+        elif isinstance(image, bytes):
+            image = read_image("The image", BytesIO(image), channels, max_pixels)
+        elif isinstance(image, Image.Image):
             image = upright(image, channels)
         elif not isinstance(image, Tensor | np.ndarray):
             raise ValueError(
-                "An image is a tensor, an array, a PIL image or the path of a file, found a "
-                f"{type(image).__name__}."
+                "An image is a tensor, an array, a PIL image, the path of a file or its content, "
+                f"found a {type(image).__name__}."
             )
         else:
             if isinstance(image, np.ndarray) and not image.flags.writeable:
@@ -142,7 +130,7 @@ class Preprocessing:
 
 
 def _split(images: Images) -> Iterator[OneImage]:
-    if isinstance(images, Sequence) and not isinstance(images, str):
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
         for image in images:
             yield from _split(image)
     elif isinstance(images, Tensor | np.ndarray) and images.ndim == 4:

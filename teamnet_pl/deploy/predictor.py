@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from teamnet_pl.deploy.controller import WINDOW, DepthController
+from teamnet_pl.deploy.hub import Teammate
 from teamnet_pl.deploy.images import Images, Preprocessing
-from teamnet_pl.deploy.loading import load_preprocessing, load_teammate
 from teamnet_pl.deploy.profile import Profile, profile_depths, run_timed
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
+from teamnet_pl.trust import Trust
 
 CALIBRATION_RUNS = 10
 """Runs of each depth that tell its latency where no profile does."""
@@ -31,16 +32,29 @@ class Prediction:
         probabilities: Of each class, shape ``(N, classes)``.
         depth: Name of the depth that ran.
         latency_ms: Milliseconds from the call to the answer.
+        classes: Names of the classes, in the order of the labels; None if they are not known.
     """
 
     probabilities: Tensor
     depth: str
     latency_ms: float
+    classes: Sequence[str] | None = None
 
     @property
     def labels(self) -> Tensor:
         """The class predicted for each image, shape ``(N,)``."""
         return self.probabilities.argmax(dim=-1)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the class predicted for each image.
+
+        Raises:
+            ValueError: If the names of the classes are not known.
+        """
+        if self.classes is None:
+            raise ValueError("The names of the classes are not known: use the labels.")
+        return [self.classes[label] for label in self.labels.tolist()]
 
 
 class Predictor:
@@ -51,7 +65,8 @@ class Predictor:
 
     Args:
         net: The net, on its device. It is put into evaluation mode.
-        preprocessing: What brings images to what the net was trained on.
+        preprocessing: How images become the input of the net; see `Preprocessing`.
+        classes: Names of the classes, in the order of the labels, if they are known.
         profile: What the depths take on this machine; by default a few runs tell.
         depths: Names of the depths to choose from; by default all.
         batch_sizes: Numbers of images of those few runs. What lies between is known from them;
@@ -84,6 +99,7 @@ class Predictor:
         net: ElasticNet,
         preprocessing: Preprocessing,
         *,
+        classes: Sequence[str] | None = None,
         profile: Profile | None = None,
         depths: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8),
@@ -95,6 +111,7 @@ class Predictor:
             raise ValueError("There must be at least one depth to choose from, found none.")
         self._views = views
         self.preprocessing = preprocessing
+        self.classes = classes
         self.depths = tuple(views)
         costs = depth_costs(net, net.input_shape)
         self.macs = {depth: costs[depth].macs for depth in views}
@@ -132,8 +149,9 @@ class Predictor:
         profile: Profile | str | Path | None = None,
         depths: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8),
+        trust_import: bool = False,
     ) -> Predictor:
-        """Loads a Teammate of a checkpoint, and the normalisation of the data it was trained on.
+        """Loads a Teammate of a checkpoint, its preprocessing and the names of its classes.
 
         Args:
             path: The checkpoint.
@@ -143,18 +161,36 @@ class Predictor:
                 wrote; by default a few runs tell.
             depths: Names of the depths to choose from; by default all.
             batch_sizes: Numbers of images of those few runs.
+            trust_import: Whether the checkpoint may name a backbone or a transform by import path,
+                which runs code: only for a file that you trust as you do code.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no checkpoint of a team, has no such Teammate or depth, or its data
-                cannot be made; if the profile is none, or of another net or device; or if a batch
-                size is not positive.
+            ValueError: If it is not a checkpoint of a team, is damaged, names what is not trusted,
+                has no such Teammate or depth, or does not hold the preprocessing; if the profile is
+                not a profile, or of another net or device; or if a batch size is not positive.
         """
         if isinstance(profile, str | Path):
             profile = Profile.load(profile)
-        net = load_teammate(path, teammate, device)
-        preprocessing = load_preprocessing(path)
-        return cls(net, preprocessing, profile=profile, depths=depths, batch_sizes=batch_sizes)
+        net = Teammate.from_checkpoint(path, teammate, device=device, trust_import=trust_import)
+        if net.preprocessing is None:
+            raise ValueError(
+                f"{path} does not hold how images become the input of the net, since the team was "
+                "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
+                "own."
+            )
+        return cls(
+            net,
+            Preprocessing.from_config(net.preprocessing, Trust(path, trust_import)),
+            classes=net.classes,
+            profile=profile,
+            depths=depths,
+            batch_sizes=batch_sizes,
+        )
+
+    def class_name(self, label: int) -> str | None:
+        """The name of a class; None if the names are not known."""
+        return None if self.classes is None else self.classes[label]
 
     def predict(
         self,
@@ -196,7 +232,8 @@ class Predictor:
         else:
             chosen = self.controller.choose(budget_ms - work_ms - least_ms, len(batch))
         probabilities = self.run(batch, chosen, waited_ms - least_ms)
-        return Prediction(probabilities, chosen, 1000 * (time.perf_counter() - begin))
+        taken_ms = 1000 * (time.perf_counter() - begin)
+        return Prediction(probabilities, chosen, taken_ms, self.classes)
 
     def depth_for(self, macs: int | None = None, depth: str | None = None) -> str | None:
         """The depth that a budget of arithmetic or a name asks for; None if neither is given.

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from teamnet_pl.deploy.batcher import Answer, Batcher, OverloadedError
-from teamnet_pl.deploy.images import MAX_PIXELS, open_image
+from teamnet_pl.deploy.images import MAX_PIXELS
 from teamnet_pl.deploy.predictor import Predictor, check_budget
 
 Number = TypeVar("Number", int, float)
@@ -160,9 +160,11 @@ class Server:
         answer = await self.batcher.predict(image, arrived, budget_ms, depth)
         seconds = time.monotonic() - arrived
         self.metrics.answered(answer, seconds)
+        label = int(answer.probabilities.argmax())
         return JSONResponse(
             {
-                "label": int(answer.probabilities.argmax()),
+                "label": label,
+                "class": self.predictor.class_name(label),
                 "probabilities": answer.probabilities.tolist(),
                 "depth": answer.depth,
                 "batch_size": answer.batch_size,
@@ -210,7 +212,7 @@ class Server:
         return bytes(body), size
 
     def _image(self, body: bytes) -> Tensor:
-        return self.predictor.preprocessing(open_image(body, self.max_pixels))[0]
+        return self.predictor.preprocessing(body, self.max_pixels)[0]
 
     async def health(self, request: Request) -> Response:
         """Says whether requests are answered, and what the server can do."""
@@ -220,6 +222,7 @@ class Server:
                 "status": "failed" if failed else "ok",
                 "depths": self.predictor.macs,
                 "input_shape": self.predictor.preprocessing.input_shape,
+                "classes": self.predictor.classes,
                 "budget_ms": self.budget_ms,
             },
             503 if failed else 200,

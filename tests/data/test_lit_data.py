@@ -282,9 +282,9 @@ def test_broken_images(on_disk):
             range(6), split, sample=lambda i: on_disk.png_and_label(i) if i != 3 else broken()
         )
     data = lit_data(on_disk)
-    with pytest.raises(UnreadableImageError, match=r"val, sample 3: cannot identify"):
+    with pytest.raises(UnreadableImageError, match=r"val, sample 3: not an image in"):
         list(data.val_dataloader())
-    with pytest.raises(UnreadableImageError, match=r"train, sample 17: cannot identify"):
+    with pytest.raises(UnreadableImageError, match=r"train, sample 17: not an image in"):
         list(data.train_dataloader())
     data = lit_data(on_disk, on_error="skip")
     train = on_disk.numbers_in(data.train_dataloader())
@@ -292,7 +292,7 @@ def test_broken_images(on_disk):
     assert on_disk.numbers_in(data.val_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
-    assert "val, sample 3: cannot identify" in str(warned[0].message)
+    assert "val, sample 3: not an image in" in str(warned[0].message)
     data.setup("predict")
     assert on_disk.numbers_in(data.test_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.raises(UnreadableImageError, match="test, sample 3"):
@@ -305,7 +305,7 @@ def test_broken_images(on_disk):
         (7, r"val, sample 0 must be a pair .* found a int"),
         ((b"", 1, 2), r"found a tuple"),
         ({"image": b"", "class": 1}, r"found a dict of 'image', 'class'"),
-        ((b"none", 1), r"val, sample 0: cannot identify"),
+        ((b"none", 1), r"val, sample 0: not an image in"),
         ((b"", 3), r"val, sample 0 must have a label in 0..2, found 3 \(int\)"),
         ((b"", -1), r"found -1 \(int\)"),
         ((b"", 1.0), r"found 1.0 \(float\)"),

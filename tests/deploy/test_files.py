@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,17 +9,21 @@ from safetensors.torch import load_model
 from teamnet_pl import TeammateConfig
 from teamnet_pl.backbones import CifarResNet
 from teamnet_pl.data import Digits
+from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate, export_files, onnx_accuracy
 from teamnet_pl.elastic import depth_costs
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+PREPROCESSING = PreprocessingConfig([1, 8, 8], [0.3], [0.2])
+CLASSES = [f"digit {digit}" for digit in range(10)]
+
 
 @pytest.fixture(scope="module")
 def teammate(nets):
     config = TeammateConfig(options={"width": 4}, depths=[[3, 2, 2], [2, 1, 1]])
-    net = Teammate(10, (1, 8, 8), config, [0.3], [0.2], {"d7": 0.75}, "val")
+    net = Teammate(10, (1, 8, 8), config, PREPROCESSING, CLASSES, {"d7": 0.75}, "val")
     nets.train(net)
     return net
 
@@ -43,8 +48,8 @@ def test_files_and_manifest(nets, teammate, images, tmp_path):
         "backbone": "cifar/resnet20",
         "num_classes": 10,
         "input_shape": [1, 8, 8],
-        "mean": [0.3],
-        "std": [0.2],
+        "preprocessing": asdict(PREPROCESSING),
+        "classes": CLASSES,
         "accuracy_split": "val",
     }
     costs = depth_costs(teammate, (1, 8, 8))

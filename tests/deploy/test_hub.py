@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 from teamnet_pl import Team, TeammateConfig
+from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.elastic import depth_costs
 
@@ -16,12 +17,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
 TINY = TeammateConfig(options={"width": 4}, depths=[7, 5, 2], policy="evenly_spread")
+CROP = {"class_path": "torchvision.transforms.v2.CenterCrop", "init_args": {"size": [8, 8]}}
+PREPROCESSING = PreprocessingConfig([1, 8, 8], [0.3], [0.2], [CROP], bits=12)
+CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def teammate(nets):
-    net = Teammate(10, (1, 8, 8), TINY, [0.3], [0.2], {"d7": 0.875, "d2": 0.5}, "test")
+    accuracy = {"d7": 0.875, "d2": 0.5}
+    net = Teammate(10, (1, 8, 8), TINY, PREPROCESSING, CLASSES, accuracy, "test")
     nets.train(net)
     return net
 
@@ -30,7 +35,16 @@ def assert_same(found, expected):
     assert isinstance(found, Teammate)
     assert not found.training
     assert found.depths == expected.depths
-    for name in ("num_classes", "input_shape", "mean", "std", "accuracy", "split", "config"):
+    names = [
+        "num_classes",
+        "input_shape",
+        "preprocessing",
+        "classes",
+        "accuracy",
+        "split",
+        "config",
+    ]
+    for name in names:
         assert getattr(found, name) == getattr(expected, name), name
     state = found.state_dict()
     assert state.keys() == expected.state_dict().keys()
@@ -88,6 +102,7 @@ def test_model_card(teammate, tmp_path):
     costs = depth_costs(teammate, (1, 8, 8)).values()
     assert [row[2:4] for row in rows[1:]] == [[f"{c.macs:,}", f"{c.parameters:,}"] for c in costs]
     assert "less [0.3], divided by [0.2]" in card.text
+    assert "10 classes apart: zero, one, two" in card.text
 
 
 def test_example_of_the_model_card_runs(teammate, tmp_path):
@@ -123,6 +138,40 @@ def test_pickled_code_is_not_run(teammate, tmp_path, monkeypatch, name):
     assert not Path("ran").exists()
 
 
+@pytest.mark.fault("a byte of a Hub folder's weights has flipped", "an error says so at load")
+def test_flipped_bytes_are_noticed(teammate, tmp_path):
+    teammate.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        Teammate.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("net", [1], "does not hold a Teammate"),
+        ("net", {"name": 3}, "name must be a text"),
+        ("net", {"name": "cifar/resnet20", "depths": "many"}, "net does not hold what it should"),
+        ("net", {"name": "cifar/resnet20", "options": {"width": "x"}}, "cannot be made with"),
+        ("num_classes", "ten", "num_classes must be 2 or more"),
+        ("input_shape", [1, 8], "input_shape must be"),
+        ("classes", ["a"], "names of 10 classes"),
+        ("classes", 3, "names of 10 classes"),
+        ("preprocessing", [1], "does not hold a Teammate"),
+        ("preprocessing", {"input_shape": [1, 8, 8], "mean": [0], "std": [0]}, "std must be"),
+    ],
+)
+def test_config_with_wrong_values(teammate, tmp_path, entry, value, message):
+    teammate.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    with pytest.raises(ValueError, match=message):
+        Teammate.from_pretrained(tmp_path)
+
+
 def test_weights_that_lack_some(teammate, tmp_path):
     from safetensors.torch import save_file
 
@@ -131,7 +180,7 @@ def test_weights_that_lack_some(teammate, tmp_path):
     weights = load_file(path)
     del weights["backbone.conv1.weight"]
     save_file(weights, path)
-    with pytest.raises(RuntimeError, match=r"conv1\.weight"):
+    with pytest.raises(ValueError, match=r"conv1\.weight"):
         Teammate.from_pretrained(tmp_path)
 
 
@@ -141,7 +190,9 @@ def test_config_runs_nothing(teammate, tmp_path, own_nets):
     config = json.loads(path.read_text())
     config["net"] |= {"name": "pathlib.Path.touch", "options": {"self": "ran"}}
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="neither of torchvision nor of timm"):
+    with pytest.raises(
+        ValueError, match=r"names the backbone pathlib\.Path\.touch by its import path"
+    ):
         Teammate.from_pretrained(tmp_path)
 
 
@@ -149,7 +200,7 @@ def test_own_backbone_if_trusted(tmp_path, own_nets):
     config = TeammateConfig("own_nets.GroupNormNet", {"width": 6}, depths=[4, 1])
     net = Teammate(10, (1, 8, 8), config).eval()
     net.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"own_nets\.GroupNormNet.*pass trust_import=True"):
+    with pytest.raises(ValueError, match=r"own_nets\.GroupNormNet.*trust_import=True"):
         Teammate.from_pretrained(tmp_path)
     assert_same(Teammate.from_pretrained(tmp_path, trust_import=True), net)
 
@@ -187,7 +238,8 @@ def test_from_checkpoint(checkpoint, name):
     with torch.no_grad():
         assert torch.equal(found.packed(IMAGES), net.packed(IMAGES))
     assert (found.num_classes, found.input_shape) == (10, (1, 8, 8))
-    assert (found.mean, found.std) == ([0.3053], [0.3760])
+    assert found.preprocessing == PreprocessingConfig([1, 8, 8], [0.3053], [0.3760])
+    assert found.classes == [str(digit) for digit in range(10)]
     assert found.split == "val"
     rows = json.loads((checkpoint.parent / "per_depth.json").read_text())
     for row in rows:
@@ -213,7 +265,8 @@ def test_checkpoint_that_does_not_name_its_data(tiny, tmp_path):
     trainer.strategy.connect(team)
     trainer.save_checkpoint(tmp_path / "team.ckpt")
     found = Teammate.from_checkpoint(tmp_path / "team.ckpt")
-    assert (found.mean, found.accuracy, found.split) == (None, {}, None)
+    assert (found.preprocessing, found.classes) == (None, None)
+    assert (found.accuracy, found.split) == ({}, None)
     with pytest.raises(ValueError, match="has the Teammates a; found b"):
         Teammate.from_checkpoint(tmp_path / "team.ckpt", "b")
 
@@ -222,5 +275,5 @@ def test_what_is_no_checkpoint_of_a_team(teammate, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         Teammate.from_checkpoint(tmp_path / "best.ckpt")
     torch.save(teammate.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="is no checkpoint of a team: it holds backbone"):
+    with pytest.raises(ValueError, match="is not a checkpoint of a team: it holds backbone"):
         Teammate.from_checkpoint(tmp_path / "weights.pt")

@@ -6,16 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teamnet_pl.checkpoints import CONFIG_KEY
+from teamnet_pl.cooperation.team import RUN_KEY
+from teamnet_pl.deploy import Teammate
 from teamnet_pl.deploy import predictor as module
 from teamnet_pl.deploy.controller import DepthController
 from teamnet_pl.deploy.images import Preprocessing
-from teamnet_pl.deploy.loading import load_preprocessing, load_teammate
 from teamnet_pl.deploy.predictor import Predictor
 from teamnet_pl.deploy.profile import Profile, ProfileRow
 
@@ -81,7 +80,8 @@ def test_each_depth_is_the_extracted_net(predictor, team, images, normalised):
 
 
 def test_a_net_that_was_training(checkpoint, team, images, normalised):
-    found = Predictor(load_teammate(checkpoint).train(), load_preprocessing(checkpoint))
+    preprocessing = Predictor.from_checkpoint(checkpoint).preprocessing
+    found = Predictor(Teammate.from_checkpoint(checkpoint).train(), preprocessing)
     truth = expected(team, "d7", normalised)
     torch.testing.assert_close(found.predict(images).probabilities, truth, rtol=1e-4, atol=1e-6)
 
@@ -193,7 +193,7 @@ class SharedCore:
 
 @pytest.fixture(scope="module")
 def net(checkpoint):
-    return load_teammate(checkpoint, "b")
+    return Teammate.from_checkpoint(checkpoint, "b")
 
 
 @given(st.floats(25, 60), st.integers(0, 99))
@@ -347,7 +347,7 @@ def test_unknown_depths(team):
 
 
 def test_loaded_net_is_the_team_s(checkpoint, team, tiny):
-    net = load_teammate(checkpoint, "b")
+    net = Teammate.from_checkpoint(checkpoint, "b")
     tiny.assert_same_state(net.state_dict(), team.teammates["b"].state_dict())
     assert not net.training
 
@@ -365,31 +365,37 @@ def test_nothing_that_the_checkpoint_names_is_called(checkpoint, team, tmp_path,
     monkeypatch.setattr("os.system", lambda *args: called.append(args))
     hparams = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     path = edited(checkpoint, tmp_path, hyper_parameters=hparams | {"_instantiator": "os.system"})
-    load_teammate(path)
+    Teammate.from_checkpoint(path)
     assert not called
 
 
-@pytest.mark.parametrize("missing", ["hyper_parameters", "state_dict"])
-def test_no_checkpoint_of_a_team(checkpoint, tmp_path, missing):
-    with pytest.raises(ValueError, match="is no checkpoint of a team: it holds"):
-        load_teammate(edited(checkpoint, tmp_path, **{missing: None}))
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("hyper_parameters", "is not a checkpoint of a team: it holds"),
+        ("state_dict", "does not hold weights"),
+    ],
+)
+def test_no_checkpoint_of_a_team(checkpoint, tmp_path, missing, message):
+    with pytest.raises(ValueError, match=message):
+        Teammate.from_checkpoint(edited(checkpoint, tmp_path, **{missing: None}))
 
 
 def test_weights_of_another_team(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)are not those of its team: .*Missing key"):
-        load_teammate(edited(checkpoint, tmp_path, state_dict={}))
-    with pytest.raises(ValueError, match="is no checkpoint of a team"):
-        load_teammate(edited(checkpoint, tmp_path, hyper_parameters={"num_classes": 3}))
+        Teammate.from_checkpoint(edited(checkpoint, tmp_path, state_dict={}))
+    with pytest.raises(ValueError, match="is not a checkpoint of a team"):
+        Teammate.from_checkpoint(edited(checkpoint, tmp_path, hyper_parameters={"num_classes": 3}))
 
 
-def test_preprocessing_of_a_checkpoint_without_a_config(checkpoint, tmp_path):
-    path = edited(checkpoint, tmp_path, **{CONFIG_KEY: None})
-    with pytest.raises(ValueError, match=r"does not say what data.*Preprocessing of your own"):
-        load_preprocessing(path)
+def test_checkpoint_without_preprocessing(checkpoint, tmp_path):
+    path = edited(checkpoint, tmp_path, **{RUN_KEY: None})
+    with pytest.raises(ValueError, match=r"does not hold how images.*Preprocessing of your own"):
+        Predictor.from_checkpoint(path)
 
 
-@pytest.mark.parametrize("data", [{"class_path": "no.Such"}, {"class_path": "os.system"}, None])
-def test_data_that_cannot_be_made(checkpoint, tmp_path, data):
-    path = edited(checkpoint, tmp_path, **{CONFIG_KEY: yaml.safe_dump({"data": data})})
-    with pytest.raises(ValueError, match=r"(?s)cannot be made: .*Preprocessing of your own"):
-        load_preprocessing(path)
+def test_predictions_name_their_classes(checkpoint, images):
+    predictor = Predictor.from_checkpoint(checkpoint)
+    prediction = predictor.predict(images)
+    assert prediction.names == [str(label) for label in prediction.labels.tolist()]
+    assert predictor.class_name(3) == "3"

@@ -58,6 +58,7 @@ def test_each_depth_is_the_extracted_net(client, team):
         assert found["depth"] == depth
         assert found["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert found["label"] == int(np.argmax(expected))
+        assert found["class"] == str(found["label"])
         assert found["latency_ms"] > found["waited_ms"] >= 0
 
 
@@ -92,7 +93,7 @@ def test_images_that_are_none(client, hostile):
     for data in hostile.values():
         found = client.post("/predict", content=data)
         assert found.status_code == 400
-        assert " image" in found.json()["error"]
+        assert found.json()["error"].startswith("The image: ")
     found = client.post("/predict", content=png(size=9))
     assert found.status_code == 400
     assert "shape (1, 9, 9)" in found.json()["error"]
@@ -156,6 +157,7 @@ def test_health(client, predictor):
         "status": "ok",
         "depths": predictor.macs,
         "input_shape": [1, 8, 8],
+        "classes": [str(digit) for digit in range(10)],
         "budget_ms": 5000,
     }
 

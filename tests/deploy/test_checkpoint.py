@@ -1,0 +1,160 @@
+"""A checkpoint is all that a trained net needs: the same numbers at work as in training."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from teamnet_pl.deploy import Predictor, Teammate
+from teamnet_pl.deploy.checkpoint import SavedTeam
+
+NAMES = [str(number) for number in range(12)]  # sorted as texts: folder 10 is label 2
+BRIGHTNESS = dict(zip(NAMES, np.linspace(10, 110, 12), strict=True))  # far from ImageNet's
+CHECKPOINT = "logs/version_0/checkpoints/best.ckpt"
+
+
+def paint(root, split, count, endings=("png",)):
+    """Images of two sizes, a class as bright as its folder says."""
+    random = np.random.default_rng(len(split))
+    for name, brightness in BRIGHTNESS.items():
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            pixels = random.normal(brightness, 2, (20 + index % 2, 24, 3)).clip(0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            ending = endings[index % len(endings)]
+            (image.convert("L") if ending == "pgm" else image).save(folder / f"{index}.{ending}")
+
+
+@pytest.fixture(scope="module")
+def fitted(cli, tmp_path_factory):
+    """Folder of a run on folders of images, measured; its data is no longer there."""
+    folder = tmp_path_factory.mktemp("run")
+    paint(folder / "images", "train", 12)
+    paint(folder / "images", "test", 4, ("png", "ppm", "pgm", "bmp"))
+    data = {"root": "images", "statistics": "data", "image_size": 16, "batch_size": 24}
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [16, 16]}}
+    data |= {"train_transform": [resize]}
+    options = ["--data", "ImageFolder", "--data.init_args", json.dumps(data)]
+    options += ["--trainer.limit_train_batches", 1.0, "--trainer.max_epochs", 8]
+    cli(folder, "fit", *options, "--test_after_fit", "true")
+    cli(folder, "predict", "--ckpt_path", CHECKPOINT, tiny=False)
+    (folder / "images").rename(folder / "moved")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def accuracy(fitted):
+    """Test accuracy of each depth of Teammate a."""
+    rows = json.loads((fitted / CHECKPOINT).with_name("per_depth.json").read_text())
+    return {row["depth"]: row["accuracy"] for row in rows if row["net"] == "a"}
+
+
+def images_of(fitted):
+    files = sorted((fitted / "moved/test").glob("*/*"))
+    return files, [NAMES.index(file.parent.name) for file in files]
+
+
+def test_it_learned_more_than_one_class(accuracy):
+    assert max(accuracy.values()) > 0.5
+
+
+def test_prediction_is_as_good_as_the_test(fitted, accuracy):
+    files, _ = images_of(fitted)
+    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
+    for depth, expected in accuracy.items():
+        names = predictor.predict(files, depth=depth).names
+        right = [name == file.parent.name for name, file in zip(names, files, strict=True)]
+        assert np.mean(right) == pytest.approx(expected)
+
+
+def test_predictions_of_the_command_line_have_names(fitted):
+    with open((fitted / CHECKPOINT).with_name("predictions.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
+    # In the order of the labels, that is, of the names as texts.
+    files, _ = images_of(fitted)
+    files = sorted(files, key=lambda file: (file.parent.name, file.name))
+    names = predictor.predict(files, depth="d7").names
+    assert [row["a/d7"] for row in rows] == names
+    assert len(set(names)) > 1
+
+
+def test_a_server_names_the_class(fitted):
+    from starlette.testclient import TestClient
+
+    from teamnet_pl.deploy.server import Server
+
+    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
+    files, _ = images_of(fitted)
+    with TestClient(Server(predictor, budget_ms=5000).app()) as client:
+        for file in files[::7]:
+            answer = client.post("/predict?depth=d7", content=file.read_bytes()).json()
+            assert [answer["class"]] == predictor.predict(file, depth="d7").names
+        assert client.get("/health").json()["classes"] == sorted(NAMES)
+
+
+def test_commands_do_without_the_data(cli, fitted, tmp_path):
+    """Which is not there, nor is the folder of the run."""
+    shutil.copy(fitted / CHECKPOINT, tmp_path / "team.ckpt")
+    cli(tmp_path, "profile", "--ckpt_path", "team.ckpt", "--runs", 1, tiny=False)
+    formats = "[safetensors,hub]"
+    words = ["--ckpt_path", "team.ckpt", "--out", "out", "--formats", formats]
+    cli(tmp_path, "export", *words, tiny=False)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    saved = SavedTeam.read(fitted / CHECKPOINT)
+    assert manifest["classes"] == saved.classes == sorted(NAMES)
+    assert manifest["preprocessing"]["mean"] == saved.preprocessing.mean
+    assert np.mean(saved.preprocessing.mean) < 0.3  # not ImageNet's
+    teammate = Teammate.from_pretrained(tmp_path / "out/hub")
+    assert (teammate.preprocessing, teammate.classes) == (saved.preprocessing, saved.classes)
+    assert ", ".join(sorted(NAMES)) in ModelCard.load(tmp_path / "out/hub/README.md").text
+
+
+def test_the_test_needs_data(cli, fitted, tmp_path, capsys):
+    checkpoint = ["--ckpt_path", fitted / CHECKPOINT]
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "test", *checkpoint, tiny=False)
+    assert "images/train" in " ".join(capsys.readouterr().err.split())
+    cli(tmp_path, "test", *checkpoint, "--data.root", fitted / "moved", tiny=False)
+
+
+@pytest.mark.fault("a class folder was renamed after training", "test refuses it and says which")
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_other_classes_are_refused(cli, fitted, tmp_path, capsys, command):
+    shutil.copytree(fitted / "moved", tmp_path / "renamed")
+    for split in ("train", "test"):
+        (tmp_path / "renamed" / split / "3").rename(tmp_path / "renamed" / split / "zebra")
+    words = [command, "--ckpt_path", fitted / CHECKPOINT, "--data.root", "renamed"]
+    with pytest.raises(SystemExit):
+        cli(tmp_path, *words, "--trainer.max_epochs", 9, tiny=False)
+    message = " ".join(capsys.readouterr().err.split())
+    assert "other classes than the team was trained on" in message
+    assert "(missing: 3; new: zebra)" in message
+    assert "Traceback" not in message
+
+
+def test_weights_alone(cli, fitted, tmp_path):
+    """`save_weights_only` leaves all that a net needs."""
+    options = ["--checkpoint.save_weights_only", "true"]
+    cli(tmp_path, "fit", *options)
+    checkpoint = tmp_path / CHECKPOINT
+    assert "optimizer_states" not in torch.load(checkpoint, weights_only=True)
+    cli(tmp_path, "test", "--ckpt_path", checkpoint, tiny=False)
+    cli(tmp_path, "profile", "--ckpt_path", checkpoint, "--runs", 1, tiny=False)
+    assert Predictor.from_checkpoint(checkpoint).classes == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"net": "a"}]', "[" * 5000])
+def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, content):
+    shutil.copy(checkpoint, tmp_path / "team.ckpt")
+    (tmp_path / "per_depth.json").write_text(content)
+    try:
+        assert Teammate.from_checkpoint(tmp_path / "team.ckpt").accuracy == {}
+    except ValueError as error:
+        assert "per_depth.json is not a report of a team" in str(error)  # noqa: PT017
