@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
@@ -105,9 +105,70 @@ class ScheduleConfig:
         done = min(1.0, (step - warmup) / (steps - warmup))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
-    def create(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Makes the scheduler of a training of that many steps."""
-        return LambdaLR(optimizer, partial(self.factor, steps=steps))
+
+class StepSchedule(LambdaLR):
+    """A schedule over all steps of a training, whose number is not known before it starts.
+
+    To count the steps, Lightning sets up the loaders, and before it has restored a checkpoint that
+    would lose their position. `BatchSizeFinder` changes the number, too.
+
+    Args:
+        optimizer: What to schedule.
+        config: The learning rate.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+        self.config = config
+        self.steps = math.inf
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
+
+    def start(self, steps: float) -> None:
+        """Sets the number of steps, and the learning rate of the next one.
+
+        Args:
+            steps: Of the whole training; infinite if it has no end.
+        """
+        self.steps = steps
+        factor = self._factor(self.last_epoch)
+        self._last_lr = [base * factor for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the schedule is: the rest is known."""
+        return {key: getattr(self, key) for key in _PROGRESS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's step."""
+        self.__dict__.update({key: state_dict[key] for key in _PROGRESS})
+
+
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+
+
+def training_steps(trainer: Trainer, epochs: int | None) -> float:
+    """Number of the optimiser's steps in a whole training.
+
+    Args:
+        trainer: Has set up its loaders.
+        epochs: Number of epochs, which callbacks may have changed in the trainer; -1 or None for
+            no end.
+
+    Returns:
+        The number; infinite if the training has no end.
+    """
+    limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    batches = trainer.num_training_batches
+    if epochs is None or epochs < 0 or math.isinf(batches):
+        return limit
+    accumulated = [trainer.accumulate_grad_batches] * epochs
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+    return min(limit, max(1, sum(math.ceil(batches / number) for number in accumulated)))
 
 
 def configure(
@@ -116,13 +177,10 @@ def configure(
     """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
 
     Args:
-        module: Has a trainer, which knows the number of steps.
+        module: Its ``on_train_start`` has to start the schedule.
         optimizer: The optimiser of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
     """
     created = optimizer.create(module)
-    steps = module.trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        return created
-    scheduler = schedule.create(created, int(steps))
+    scheduler = StepSchedule(created, schedule)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
