@@ -202,14 +202,14 @@ def _given(args: list[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for index, argument in enumerate(args):
-        if not argument.startswith("--"):
+        if not argument.startswith("-"):
             continue
-        name, equals, text = argument.removeprefix("--").partition("=")
+        name, equals, text = argument.lstrip("-").partition("=")
         following = args[index + 1 : index + 2]
         if not equals:
             text = following[0] if following and not following[0].startswith("--") else "true"
         try:
-            if name == "config":
+            if name in ("config", "c"):
                 text = Path(text).read_text() if Path(text).is_file() else text
                 values |= _flat(yaml.safe_load(text))
                 continue

@@ -385,7 +385,12 @@ class Team(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser for all members, its learning rate scheduled by the step."""
-        return configure(self, self.optimizer_config, self.schedule_config)
+        return configure(self, self.optimizer_config, self.schedule_config, self.backbones())
+
+    def backbones(self) -> list[nn.Module]:
+        """The Leader, if it is trained, and the Teammates' backbones."""
+        leader = [] if self.leader is None or self.leader_frozen else [self.leader]
+        return leader + [net.backbone for net in self.elastic_nets.values()]
 
 
 def team_content(
