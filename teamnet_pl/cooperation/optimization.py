@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
@@ -19,6 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from teamnet_pl.elastic import ElasticNet
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -27,9 +30,11 @@ class OptimizerConfig:
     Attributes:
         name: See `timm.optim.list_optimizers`.
         lr: Learning rate at its peak.
-        weight_decay: Not applied to biases and the weights of norms.
+        weight_decay: Not applied to biases, the weights of norms, and what a backbone of timm
+            exempts, such as positional embeddings.
         momentum: For those optimisers that have one.
-        options: Further arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``.
+        options: Further arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``, or of timm's
+            groups of parameters, such as ``{layer_decay: 0.75}``, in each backbone alone.
     """
 
     name: str = "sgd"
@@ -43,14 +48,67 @@ class OptimizerConfig:
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
             raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
-        self.create(nn.Linear(1, 1))  # so that wrong arguments are found now
+        self._create(nn.Linear(1, 1))  # so that wrong arguments are found now
 
-    def create(self, module: nn.Module) -> Optimizer:
+    def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
         """Makes the optimiser of all parameters of a module that need a gradient.
+
+        Args:
+            module: What to train.
+            backbones: Its parts to each of which the options apply as to a whole model of timm:
+                weights that a backbone exempts from decay (``no_weight_decay``), and layers that
+                learn the slower the nearer they are to its input (``layer_decay``). By default the
+                module itself.
 
         Raises:
             ValueError: If the optimiser does not take the options or needs what is not here.
         """
+        groups: dict[str, dict[str, Any]] = {}  # by their settings
+        group_of: dict[int, dict[str, Any]] = {}  # by parameter
+
+        def add(part: nn.Module) -> None:
+            for group in self._create(part).param_groups:
+                settings = {key: value for key, value in group.items() if key != "params"}
+                settings["lr"] *= settings.pop("lr_scale", 1.0)  # else only timm's schedules would
+                merged = groups.setdefault(
+                    repr(sorted(settings.items())), settings | {"params": []}
+                )
+                merged["params"] += group["params"]
+                group_of.update({id(parameter): merged for parameter in group["params"]})
+
+        for part in [module] if backbones is None else backbones:
+            add(part)
+        if rest := self._add_copies(module, group_of):
+            add(nn.ParameterList(rest))
+        optimizer = self._create(module)
+        optimizer.param_groups.clear()
+        for group in groups.values():
+            optimizer.add_param_group(group)
+        return optimizer
+
+    @staticmethod
+    def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[nn.Parameter]:
+        """Adds copies of weights for single depths to the groups of those; returns what is left."""
+        originals = {
+            id(copied): id(original)
+            for net in module.modules()
+            if isinstance(net, ElasticNet)
+            for copied, original in net.copied_parameters()
+        }
+        rest = []
+        for parameter in module.parameters():
+            if not parameter.requires_grad or id(parameter) in group_of:
+                continue
+            group = group_of.get(originals.get(id(parameter), 0))
+            if group is None:
+                rest.append(parameter)
+            else:
+                group["params"].append(parameter)
+                group_of[id(parameter)] = group
+        return rest
+
+    def _create(self, module: nn.Module) -> Optimizer:
+        """Makes the optimiser of one model, as timm does."""
         info = get_optimizer_info(self.name.lower())
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
@@ -105,24 +163,86 @@ class ScheduleConfig:
         done = min(1.0, (step - warmup) / (steps - warmup))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
 
-    def create(self, optimizer: Optimizer, steps: int) -> LambdaLR:
-        """Makes the scheduler of a training of that many steps."""
-        return LambdaLR(optimizer, partial(self.factor, steps=steps))
+
+class StepSchedule(LambdaLR):
+    """A schedule over all steps of a training, whose number is not known before it starts.
+
+    To count the steps, Lightning sets up the loaders, and before it has restored a checkpoint that
+    would lose their position. `BatchSizeFinder` changes the number, too.
+
+    Args:
+        optimizer: What to schedule.
+        config: The learning rate.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+        self.config = config
+        self.steps = math.inf
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
+
+    def start(self, steps: float) -> None:
+        """Sets the number of steps, and the learning rate of the next one.
+
+        Args:
+            steps: Of the whole training; infinite if it has no end.
+        """
+        self.steps = steps
+        factor = self._factor(self.last_epoch)
+        self._last_lr = [base * factor for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the schedule is: the rest is known."""
+        return {key: getattr(self, key) for key in _PROGRESS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's step."""
+        self.__dict__.update({key: state_dict[key] for key in _PROGRESS})
+
+
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+
+
+def training_steps(trainer: Trainer, epochs: int | None) -> float:
+    """Number of the optimiser's steps in a whole training.
+
+    Args:
+        trainer: Has set up its loaders.
+        epochs: Number of epochs, which callbacks may have changed in the trainer; -1 or None for
+            no end.
+
+    Returns:
+        The number; infinite if the training has no end.
+    """
+    limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    batches = trainer.num_training_batches
+    if epochs is None or epochs < 0 or math.isinf(batches):
+        return limit
+    accumulated = [trainer.accumulate_grad_batches] * epochs
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+    return min(limit, max(1, sum(math.ceil(batches / number) for number in accumulated)))
 
 
 def configure(
-    module: LightningModule, optimizer: OptimizerConfig, schedule: ScheduleConfig
+    module: LightningModule,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    backbones: Sequence[nn.Module] | None = None,
 ) -> OptimizerLRScheduler:
     """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
 
     Args:
-        module: Has a trainer, which knows the number of steps.
+        module: Its ``on_train_start`` has to start the schedule.
         optimizer: The optimiser of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
+        backbones: Its parts that are models of their own, see `OptimizerConfig.create`.
     """
-    created = optimizer.create(module)
-    steps = module.trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        return created
-    scheduler = schedule.create(created, int(steps))
+    created = optimizer.create(module, backbones)
+    scheduler = StepSchedule(created, schedule)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import LightningModule
@@ -22,9 +23,17 @@ from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import check_finite, load_checkpoint
 from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
 from teamnet_pl.cooperation.metrics import member_metrics
-from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig, configure
+from teamnet_pl.cooperation.optimization import (
+    OptimizerConfig,
+    ScheduleConfig,
+    StepSchedule,
+    configure,
+    training_steps,
+)
+from teamnet_pl.cooperation.resuming import drop_finders, resume_epoch
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust
 
 Stage = Literal["val", "test"]
@@ -140,6 +149,7 @@ class Team(LightningModule):
             {name: [depth.name for depth in net.depths] for name, net in self.elastic_nets.items()},
             has_leader=leader is not None,
         )
+        self._run_seed = torch.initial_seed()
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict(
@@ -185,7 +195,9 @@ class Team(LightningModule):
         return team.to(device)
 
     def setup(self, stage: str) -> None:
-        """Notes how the data module brings images to the team, and checks its classes."""
+        """Notes the run's seed, its length and its data, and checks the data's classes."""
+        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
+        self._epochs = self.trainer.max_epochs  # before callbacks change it
         describe = getattr(self.trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is None:
             return
@@ -202,13 +214,21 @@ class Team(LightningModule):
             ValueError: If a weight is not finite.
         """
         check_finite(checkpoint["state_dict"], f"The team after step {self.global_step}")
-        checkpoint[RUN_KEY] = self.run
+        checkpoint[RUN_KEY] = self.run | {"seed": self._run_seed}
+        # A run that goes on from here does not log again what led here.
+        for logger in self.trainer.loggers:
+            logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the values about the run that the team does not know yet."""
+        """Takes over the values about the run that the team does not know yet, and its seed."""
         saved = checkpoint.get(RUN_KEY) or {}
         self._check_classes(saved.get("classes"))
         self.run = saved | self.run
+        if isinstance(seed := saved.get("seed"), int):
+            self._run_seed = abs(seed)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and checkpoint.get("global_step"):
+            drop_finders(trainer)
 
     def _check_classes(self, trained: list[str] | None) -> None:
         """Refuses data with other classes than the team was trained on, by their names."""
@@ -301,8 +321,21 @@ class Team(LightningModule):
         total = torch.stack(label).sum()
         return total + ramp * torch.stack(distilled).sum() if distilled else total
 
+    def _step_seed(self, batch_idx: int) -> int:
+        """What dropout is drawn with: the same in a run that was resumed, another per process."""
+        parts = [self._run_seed, self.current_epoch, batch_idx, self.global_rank]
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+    def on_train_start(self) -> None:
+        """Starts the schedule, or goes on with it (Lightning's hook)."""
+        resume_epoch(self.trainer, self)
+        self._steps = training_steps(self.trainer, self._epochs)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, StepSchedule):
+                config.scheduler.start(self._steps)
+
     def _ramp(self) -> float:
-        steps = self.cooperation.ramp * self.trainer.estimated_stepping_batches
+        steps = self.cooperation.ramp * self._steps
         # Nothing to grow over without a ramp, or in a training without an end.
         return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
 
@@ -315,7 +348,9 @@ class Team(LightningModule):
         images, target = batch
         skips = self.on_non_finite == "skip"
         statistics = [buffer.clone() for buffer in self.buffers()] if skips else []
-        terms = self.losses(self(images), target)
+        with seeded(self._step_seed(batch_idx), images.device):
+            logits = self(images)
+        terms = self.losses(logits, target)
         ramp = self._ramp()
         loss = self.total_loss(terms, ramp)
         # In one collective, by which all processes also know of what is not finite in any.
@@ -417,7 +452,12 @@ class Team(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser for all members, its learning rate scheduled by the step."""
-        return configure(self, self.optimizer_config, self.schedule_config)
+        return configure(self, self.optimizer_config, self.schedule_config, self.backbones())
+
+    def backbones(self) -> list[nn.Module]:
+        """The Leader, if it is trained, and the Teammates' backbones."""
+        leader = [] if self.leader is None or self.leader_frozen else [self.leader]
+        return leader + [net.backbone for net in self.elastic_nets.values()]
 
 
 def team_content(

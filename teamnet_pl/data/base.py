@@ -22,6 +22,7 @@ from teamnet_pl.data.loading import (
     Draw,
     EpochSampler,
     ResumableLoader,
+    SameOrderSampler,
     Skipped,
     TransformedSubset,
 )
@@ -61,7 +62,8 @@ class ImageDataModule(LightningDataModule, ABC):
     the epoch and the image alone, not on ``num_workers`` or what else draws random numbers. Under a
     distributed strategy, one batch of each process together hold the images of one batch of a
     single process with the batch size of all of them; MixUp and CutMix mix those of each process.
-    That holds for transforms that draw from torch, as all of torchvision's do.
+    That holds for transforms that draw from torch, as all of torchvision's do, from NumPy's or from
+    Python's global generator.
 
     Args:
         batch_size: Images per batch, on each device.
@@ -134,6 +136,7 @@ class ImageDataModule(LightningDataModule, ABC):
             if not 0 <= alpha < float("inf"):
                 raise ValueError(f"{name} must be 0 (off) or positive, got {alpha}.")
         self.batch_size = batch_size
+        self._given_batch_size = batch_size  # which BatchSizeFinder may change
         self.val_fraction = val_fraction
         self.train_size = train_size
         self.split_seed = split_seed
@@ -213,22 +216,25 @@ class ImageDataModule(LightningDataModule, ABC):
         self._seed = int(np.random.default_rng(seed).integers(2**31))
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, so that a resumed run goes on with the same batches."""
-        return {"seed": self._seed}
+        """The seed and the batch size, so that a resumed run goes on with the same batches."""
+        return {"seed": self._seed, "batch_size": [self._given_batch_size, self.batch_size]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with a checkpoint's seed."""
+        """Goes on with a checkpoint's seed, and with a batch size that was searched for."""
         self._seed = state_dict["seed"]
+        given, searched = state_dict.get("batch_size", [None, None])
+        if self.batch_size == given:  # else the user wants another
+            self.batch_size = searched
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""
-        # The same few in each epoch.
-        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return DataLoader(self.train_set, **self._loader_options(self._mixes()))
         processes, _ = self._processes()
+        sampler = self._sampler()
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            sampler = SameOrderSampler(self.train_set, self._seed, *self._processes())
         return ResumableLoader(
             self.train_set,
-            sampler=self._sampler(),
+            sampler=sampler,
             # Batch norm can't train on a last batch of one image.
             drop_last=len(self.train_set) // processes > self.batch_size,
             **self._loader_options(self._mixes()),

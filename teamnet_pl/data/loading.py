@@ -6,7 +6,6 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SequentialSampler,
+    default_collate,
+)
 from torchvision.transforms import v2
+
+from teamnet_pl.randomness import seeded
 
 
 class Draw(NamedTuple):
@@ -28,25 +35,6 @@ class Draw(NamedTuple):
 
     image: int
     seed: int
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draws with a seed of its own and leaves this process's random state as it was.
-
-    Args:
-        seed: The seed; ``None`` to draw from this process's random state.
-    """
-    if seed is None:
-        yield
-        return
-    # Not `fork_rng` and `manual_seed`: they visit every kind of device, 15 times as slow.
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
 
 
 class EpochSampler(DistributedSampler[Draw]):
@@ -76,6 +64,19 @@ class EpochSampler(DistributedSampler[Draw]):
     def order(self) -> list[int]:
         """This process's images of the epoch, as many as of each other process."""
         return list(super().__iter__())  # type: ignore[arg-type]
+
+
+class SameOrderSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]
+    """The images of an epoch in the dataset's order, to train on the first few alone.
+
+    Lightning's `overfit_batches` takes any other sampler away, unless it is a sequential one.
+    """
+
+    def order(self) -> list[int]:
+        """This process's images of the epoch, as many as of each other process."""
+        return list(
+            np.resize(np.arange(self.images), self.total_size)[self.rank :: self.num_replicas]
+        )
 
 
 class Resumable(ABC):

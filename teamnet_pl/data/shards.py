@@ -15,8 +15,9 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.images import EncodedImageDataModule, Statistics, read_image
-from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError, seeded
+from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
 from teamnet_pl.optional import require
+from teamnet_pl.randomness import seeded
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 

@@ -167,6 +167,14 @@ class ElasticNet(nn.Module):
                 self._forwards.setdefault(name, own)
         self._install()
 
+    def copied_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Each parameter that single depths have for themselves, with the backbone's original."""
+        for forward in self._forwards.values():
+            if isinstance(forward, PerStreamForward):
+                for copied in forward.copies:
+                    pairs = zip(copied.parameters(), forward.module.parameters(), strict=True)
+                    yield from (pair for pair in pairs if pair[0] is not pair[1])
+
     def _alike(self) -> set[str]:
         """Modules in a row with blocks and of their class, such as the first of a stage."""
         found = set()

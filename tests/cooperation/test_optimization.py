@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
@@ -131,9 +132,11 @@ def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
         a={"per_depth_affine": per_depth_affine},
         b={"name": "timm/test_vit", "options": {"img_size": 8, "patch_size": 4}},
     )
-    optimizer = OptimizerConfig(weight_decay=0.01).create(team)
+    optimizer = OptimizerConfig(weight_decay=0.01).create(team, team.backbones())
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     norms = torch.nn.BatchNorm2d, torch.nn.LayerNorm
+    exempted = team.elastic_nets["b"].backbone.no_weight_decay()
+    assert {"pos_embed", "cls_token"} <= exempted
     of_norms = {id(p) for m in team.modules() if isinstance(m, norms) for p in m.parameters()}
     trained = {
         id(p): (name, p)
@@ -143,8 +146,66 @@ def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
     assert decay.keys() == trained.keys()
     for key, (name, _) in trained.items():
         exempt = key in of_norms or name.endswith("bias")
+        exempt |= name.removeprefix("teammates.b.backbone.") in exempted
         assert decay[key] == (0.0 if exempt else 0.01), name
     assert len(set(decay.values())) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_decay": 0.7}], ids=["decay", "layer decay"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        ("timm/test_vit", {"img_size": 32, "patch_size": 8}),
+        (
+            "timm/beit_base_patch16_224",
+            {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 3},
+        ),
+        ("timm/test_convnext", {}),
+        ("timm/resnet18", {}),
+        ("torchvision/resnet18", {}),
+    ],
+    ids=lambda value: value[0],
+)
+def test_groups_are_those_that_timm_makes_of_each_backbone(tiny, backbone, options):
+    """By name: rate and decay of each parameter."""
+    name, arguments = backbone
+    config = {"name": name, "options": arguments}
+    team = tiny.team(
+        input_shape=(3, 32, 32),
+        leader=config,
+        a=config | {"per_depth_affine": True},
+        b=config,
+        optimizer=OptimizerConfig("adamw", 0.01, weight_decay=0.05, options=options),
+    )
+    optimizer = team.configure_optimizers()["optimizer"]
+    assert len(optimizer.param_groups) <= 40
+    for part, net in zip(("leader", "a", "b"), team.backbones(), strict=True):
+        truth = create_optimizer_v2(net, "adamw", lr=0.01, weight_decay=0.05, **options)
+        expected = values_by_parameter(truth, scaled=True)
+        assert expected.keys() == {id(parameter) for parameter in net.parameters()}
+        found = values_by_parameter(optimizer)
+        for key, values in expected.items():
+            assert found[key] == pytest.approx(values), part
+    for copied, original in team.elastic_nets["a"].copied_parameters():
+        assert found[id(copied)] == found[id(original)]
+    everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(everything) == len(set(everything))
+    assert set(everything) == {id(parameter) for parameter in team.parameters()}
+    if options and "timm" in name:
+        rates = {rate for rate, _ in found.values()}
+        assert len(rates) > 2
+
+
+def values_by_parameter(optimizer, scaled=False):
+    """Learning rate and weight decay of each parameter; timm's schedules apply ``lr_scale``."""
+    return {
+        id(parameter): (
+            group["lr"] * (group.get("lr_scale", 1) if scaled else 1),
+            group["weight_decay"],
+        )
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def test_a_run_without_an_end_has_the_peak_rate_and_all_transfers(tiny, tmp_path):
