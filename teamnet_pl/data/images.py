@@ -361,7 +361,7 @@ class EncodedImageDataModule(ImageDataModule):
         whole = TransformedSubset(
             self.test_set.dataset, self.test_set.indices, self.test_set.transform
         )
-        return DataLoader(whole, **self._loader_options())
+        return self._evaluation_loader(whole, even=False)
 
     def _load_checked(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
         dataset, labels = super()._load_checked(split)

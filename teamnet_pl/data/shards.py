@@ -25,8 +25,8 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 class ShardStream(IterableDataset[Any]):
     """This process's share of the images in some shards, in order.
 
-    The processes take turns, image by image, so that each serves as many batches as the others,
-    which wait for each other. Where images run out within a turn, the last one serves the rest.
+    The processes take turns, image by image. Where images run out within a turn, a ``None`` takes
+    the place of one, so that each process serves as many batches as the others, which wait for it.
 
     Args:
         shards: Files or addresses.
@@ -57,11 +57,11 @@ class ShardStream(IterableDataset[Any]):
         self.rank = rank
 
     def __iter__(self) -> Iterator[Any]:
-        """(image, label) of this process's images in this worker's shards; ``None`` if skipped."""
+        """(image, label) of this process's images in this worker's shards; ``None`` for none."""
         worker, workers = _worker()
         samples = self.encoded(self.shards[worker::workers])
         while turn := list(islice(samples, self.processes)):
-            yield self.decoded(turn[min(self.rank, len(turn) - 1)])
+            yield self.decoded(turn[self.rank]) if self.rank < len(turn) else None
 
     def encoded(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Samples as webdataset gives them."""
