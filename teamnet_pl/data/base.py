@@ -228,7 +228,6 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""
-        processes, _ = self._processes()
         sampler = self._sampler()
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             sampler = SameOrderSampler(self.train_set, self._seed, *self._processes())
@@ -236,7 +235,7 @@ class ImageDataModule(LightningDataModule, ABC):
             self.train_set,
             sampler=sampler,
             # Batch norm can't train on a last batch of one image.
-            drop_last=len(self.train_set) // processes > self.batch_size,
+            drop_last=len(sampler) > self.batch_size,
             **self._loader_options(self._mixes()),
         )
 
