@@ -1,4 +1,4 @@
-"""Reading files with weights, without running anything in them, and telling weights apart."""
+"""Files with weights: read without running anything in them, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
 from torch import Tensor
+
+from teamnet_pl.atomic import replacing
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -65,3 +69,41 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves checkpoints such that a file is the old one or the new one, whole, whatever happens.
+
+    Lightning's own way writes to the system's temporary folder and copies over the old file. The
+    command line uses this one; a `Trainer` takes it as a plugin.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], accelerator="cpu", logger=False)
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Saves a checkpoint.
+
+        Args:
+            checkpoint: Its content.
+            path: The file; an address of remote storage is left to Lightning.
+            storage_options: Must be None, as in Lightning.
+
+        Raises:
+            OSError: If it cannot be written; the old file is still there then.
+        """
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with replacing(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # the latter from torch, for a full disk
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(
+                f"The checkpoint {path} could not be saved: {cause}. What was there before is "
+                "still there. Make room, or choose another folder by --checkpoint.dirpath."
+            ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -14,17 +15,18 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from teamnet_pl import __version__, cooperation, data
-from teamnet_pl.callbacks import DepthReport, PredictionWriter
-from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
+from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
@@ -77,18 +79,11 @@ class TeamCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, and what the data tells the team."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        # The first one is the trainer's `checkpoint_callback`.
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(DepthReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/accuracy/mean",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
-                "checkpoint.filename": "best",
-                "checkpoint.enable_version_counter": False,
-            }
-        )
         parser.add_argument(
             "--test_after_fit",
             type=bool,
@@ -119,11 +114,6 @@ class TeamCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning's own lets a checkpoint override the command line."""
 
-    def before_instantiate_classes(self) -> None:
-        """Keeps a fast_dev_run from saving its last checkpoint, as Lightning 2.6 does."""
-        if self._get(self.config, "trainer").fast_dev_run:
-            self._get(self.config, "checkpoint").save_last = False
-
     def instantiate_classes(self) -> None:
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
         try:
@@ -135,14 +125,26 @@ class TeamCLI(LightningCLI):
                 ours = ours.__cause__
             self._parser(self.subcommand).error(str(ours or error))
 
+    def before_fit(self) -> None:
+        """Has checkpoints saved whole or not at all, unless the user chose another plugin."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; what the data modules find wrong is printed without a traceback."""
+        """Runs it; errors of this package are printed without a traceback."""
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException:  # which Lightning lets end as if all were well
+            sys.exit(128 + signal.SIGTERM)
+        except SystemExit as ending:
+            if isinstance(ending.__context__, KeyboardInterrupt):
+                sys.exit(128 + signal.SIGINT)
+            raise
         except UnreadableImageError as error:
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             if not _raised_in(error, "teamnet_pl"):
                 raise
             self._parser(subcommand).error(str(error))

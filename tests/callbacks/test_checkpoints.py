@@ -1,0 +1,317 @@
+"""Recovery points, through the command line with real processes, signals and full disks."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from teamnet_pl.atomic import replacing
+from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
+from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+
+FOLDER = "logs/version_0/checkpoints"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def scores(folder, version=0):
+    """The mean accuracies in the CSV log, by step."""
+    with open(folder / f"logs/version_{version}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/accuracy/mean")]
+    return {int(row["step"]): float(row["val/accuracy/mean"]) for row in rows}
+
+
+@pytest.mark.fault("a plateau: no epoch beats an early one", "last.ckpt is that of the last epoch")
+def test_last_is_the_last_and_best_the_best(cli, tmp_path):
+    """With the lowest accuracy as the best one, which an early epoch has."""
+    options = ["--trainer.max_epochs", 5, "--checkpoint.mode", "min"]
+    options += ["--trainer.limit_train_batches", 10]
+    cli(tmp_path, "fit", *options)
+    last, best = load(tmp_path / FOLDER / "last.ckpt"), load(tmp_path / FOLDER / "best.ckpt")
+    assert last["global_step"] == 50
+    values = scores(tmp_path)
+    assert best["global_step"] == 1 + min(values, key=values.get)
+    assert best["global_step"] < 50
+
+
+def test_best_has_the_weights_that_were_validated(cli, tmp_path):
+    """Also where `last` is saved within the epochs."""
+    options = ["--trainer.max_epochs", 3, "--last.every_n_train_steps", 1]
+    cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 5)
+    best = tmp_path / FOLDER / "best.ckpt"
+    cli(tmp_path, "validate", "--ckpt_path", best, tiny=False)
+    (score,) = scores(tmp_path, version=1).values()
+    assert score == pytest.approx(max(scores(tmp_path).values()))
+
+
+class Steps(AtomicCheckpointIO):
+    """Notes what is saved when."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.saved.append((Path(path).name, checkpoint["global_step"]))
+        super().save_checkpoint(checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [6, 12]),
+        ({"every_n_train_steps": 2}, [2, 4, 6, 8, 10, 12]),
+        ({"every_n_train_steps": 5}, [5, 6, 10, 12]),
+        ({"train_time_interval": timedelta(0)}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        ({"train_time_interval": timedelta(hours=1)}, [6, 12]),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_when_last_is_saved(tiny, tmp_path, options, expected, accumulate):
+    plugin = Steps()
+    trainer = tiny.trainer(
+        tmp_path,
+        accumulate_grad_batches=accumulate,
+        callbacks=[LastCheckpoint(tmp_path, **options)],
+        enable_checkpointing=True,
+        limit_train_batches=6 * accumulate,
+        limit_val_batches=1,
+        max_epochs=2,
+        plugins=[plugin],
+    )
+    trainer.fit(tiny.team(), tiny.digits())
+    assert plugin.saved == [("last.ckpt", step) for step in expected]
+
+
+def test_validation_within_the_epoch_comes_before_the_save(tiny, tmp_path):
+    """Else a resumed run would leave it out."""
+    plugin, order = Steps(), []
+
+    class Order(BestCheckpoint):
+        def on_validation_end(self, trainer, pl_module):
+            order.append((trainer.global_step, len(plugin.saved)))
+
+    trainer = tiny.trainer(
+        tmp_path,
+        callbacks=[Order(tmp_path), LastCheckpoint(every_n_train_steps=1)],
+        enable_checkpointing=True,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        plugins=[plugin],
+        val_check_interval=2,
+    )
+    trainer.fit(tiny.team(), tiny.digits())
+    assert order == [(2, 1), (4, 3)]
+    assert [step for _, step in plugin.saved] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_never_the_best(value, tiny, tmp_path):
+    class Monitored(BestCheckpoint):
+        def _monitor_candidates(self, trainer):
+            score = value if trainer.current_epoch != 1 else 0.5
+            candidates = super()._monitor_candidates(trainer)
+            return candidates | {"val/accuracy/mean": torch.tensor(score)}
+
+    trainer = tiny.trainer(
+        tmp_path,
+        callbacks=[Monitored(tmp_path)],
+        enable_checkpointing=True,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        max_epochs=3,
+    )
+    trainer.fit(tiny.team(), tiny.digits())
+    assert load(tmp_path / "best.ckpt")["epoch"] == 1
+
+
+@pytest.mark.fault("a second run writes to the same folder", "the first one's best.ckpt stays")
+def test_a_later_run_overwrites_no_other_s_best(cli, tmp_path):
+    options = ["--checkpoint.dirpath", "kept", "--trainer.logger", "false"]
+    cli(tmp_path, "fit", *options)
+    content = (tmp_path / "kept/best.ckpt").read_bytes()
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        cli(tmp_path, "fit", *options, "--seed_everything", 1)
+    assert (tmp_path / "kept/best.ckpt").read_bytes() == content
+    assert load(tmp_path / "kept/best-v1.ckpt")
+
+
+def test_a_resumed_run_keeps_the_best_of_the_run_before(cli, tmp_path):
+    options = ["--checkpoint.mode", "min", "--trainer.limit_train_batches", 10]
+    cli(tmp_path, "fit", *options, "--trainer.max_epochs", 5)
+    first, second = tmp_path / FOLDER, tmp_path / "logs/version_1/checkpoints"
+    words = ["--ckpt_path", first / "last.ckpt", "--trainer.max_epochs", 6, *options]
+    cli(tmp_path, "fit", *words)
+    assert load(second / "last.ckpt")["global_step"] == 60
+    assert min(scores(tmp_path, version=1).values()) > min(scores(tmp_path).values())
+    assert (second / "best.ckpt").read_bytes() == (first / "best.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("option", ["every_n_train_steps", "train_time_interval"])
+def test_saves_within_an_epoch_are_those_of_last(cli, capsys, tmp_path, option):
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", f"--checkpoint.{option}", 5)
+    assert f"last.{option}" in capsys.readouterr().err
+
+
+# Whole files
+
+
+@pytest.mark.fault("a kill while a checkpoint is written", "the file before stays, whole")
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "best.ckpt"
+    torch.save({"old": 1}, path)
+    script = f"""
+import os, signal, torch
+from teamnet_pl.checkpoints import AtomicCheckpointIO
+replace = os.replace
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+AtomicCheckpointIO().save_checkpoint({{"new": torch.zeros(10000)}}, {str(path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert load_checkpoint(path) == {"old": 1}
+    assert len(list(tmp_path.iterdir())) == 2  # and the one that was not renamed
+    AtomicCheckpointIO().save_checkpoint({"new": 1}, path)
+    assert load_checkpoint(path) == {"new": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+@pytest.mark.fault("the disk is full while a checkpoint is written", "the old one stays; an error")
+def test_a_full_disk(cli, tmp_path):
+    """A limit on the size of files, which ends writing in the same way."""
+    cli(tmp_path, "fit")
+    best = tmp_path / FOLDER / "best.ckpt"
+    content = best.read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, resource.RLIM_INFINITY))
+
+    words = [
+        "fit",
+        "--config",
+        cli.config,
+        "--trainer.logger",
+        "false",
+        "--report.picture",
+        "false",
+    ]
+    words += ["--checkpoint.dirpath", best.parent]
+    words += ["--ckpt_path", best, "--trainer.max_epochs", "3"]
+    run = subprocess.run(
+        [sys.executable, "-m", "teamnet_pl", *map(str, words)],
+        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "could not be saved" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert best.read_bytes() == content
+    assert load_checkpoint(best.with_name("last.ckpt"))
+    assert not list(best.parent.glob(".*"))
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def fail():
+        with replacing(tmp_path / "file") as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+# Signals
+
+
+def start(cli, folder, *options, launcher=()):
+    words = [sys.executable, *launcher, "-m", "teamnet_pl", "fit", "--config", cli.config]
+    words += ["--trainer.max_epochs", 1000, "--trainer.limit_train_batches", 1.0, *options]
+    with open(folder / "output", "w") as log:
+        return subprocess.Popen([*map(str, words)], cwd=folder, stdout=log, stderr=log)
+
+
+def wait_for(condition, process, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def stopped(cli, folder, number, *options, launcher=(), target=lambda process: process.pid):
+    """Sends a signal in the midst of training; returns the exit code and the output."""
+    process = start(cli, folder, *options, launcher=launcher)
+    try:
+        wait_for((folder / FOLDER / "last.ckpt").exists, process)
+        os.kill(target(process), number)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    return code, (folder / "output").read_text()
+
+
+@pytest.mark.fault("SIGTERM or Ctrl-C in training", "last.ckpt is saved; exit code 143 or 130")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_last(cli, tmp_path, number):
+    code, output = stopped(cli, tmp_path, number)
+    assert code == 128 + number
+    step = int(output.partition("stopped after step ")[2].partition(".")[0])
+    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM to a run of two processes", "both stop at one step; exit code 143")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_together(cli, tmp_path, number):
+    options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    code, output = stopped(cli, tmp_path, number, *options)
+    assert code == 128 + number
+    step = int(output.partition("stopped after step ")[2].partition(".")[0])
+    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+
+
+@pytest.mark.slow
+def test_torchrun(cli, tmp_path):
+    options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    launcher += ["--master-port", str(LightningEnvironment().main_port), sys.executable]
+    code, output = stopped(cli, tmp_path, signal.SIGTERM, *options, launcher=launcher)
+    assert code != 0
+    step = int(output.partition("stopped after step ")[2].partition(".")[0])
+    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_training(cli, tmp_path, number):
+    """There is nothing to save, but the exit code tells."""
+    cli(tmp_path, "fit")
+    words = ["test", "--ckpt_path", tmp_path / FOLDER / "best.ckpt", "--data.batch_size", 1]
+    words += ["--trainer.limit_test_batches", 1.0]
+    script = (
+        "import os, signal, sys, teamnet_pl.cooperation.team as team\n"
+        "step = team.Team.test_step\n"
+        "def test_step(self, batch, batch_idx):\n"
+        f"    if batch_idx == 3: os.kill(os.getpid(), {int(number)})\n"
+        "    return step(self, batch, batch_idx)\n"
+        "team.Team.test_step = test_step\n"
+        "from teamnet_pl.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)], cwd=tmp_path, timeout=120
+    )
+    assert run.returncode == 128 + number
