@@ -30,7 +30,12 @@ from teamnet_pl.cooperation.optimization import (
     configure,
     training_steps,
 )
-from teamnet_pl.cooperation.resuming import drop_finders, resume_epoch
+from teamnet_pl.cooperation.resuming import (
+    apply_options,
+    check_resumable,
+    drop_finders,
+    resume_epoch,
+)
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.randomness import seeded
@@ -226,9 +231,21 @@ class Team(LightningModule):
         self.run = saved | self.run
         if isinstance(seed := saved.get("seed"), int):
             self._run_seed = abs(seed)
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and checkpoint.get("global_step"):
-            drop_finders(trainer)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        check_resumable(checkpoint, self.hparams)
+        if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
+            apply_options(checkpoint, self.optimizer_config.create(self))
+        done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if 0 <= (self._epochs or 0) < done:
+            raise ValueError(
+                f"The checkpoint has been trained for {done} epochs, more than the {self._epochs} "
+                "that were asked for: give more (--trainer.max_epochs)."
+            )
+        if checkpoint["global_step"]:
+            drop_finders(self.trainer)
 
     def _check_classes(self, trained: list[str] | None) -> None:
         """Refuses data with other classes than the team was trained on, by their names."""

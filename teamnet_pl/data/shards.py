@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -19,6 +21,10 @@ from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
 from teamnet_pl.optional import require
 from teamnet_pl.randomness import seeded
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # not in Python 3.10's typing
+
+_META = re.compile(r"__[^/]*__($|/)")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -330,13 +336,41 @@ class Shards(EncodedImageDataModule):
 
 def _samples(shard: str) -> Iterator[dict[str, Any]]:
     library = require("webdataset", "webdataset")
-    tar = library.tariterators
     try:
         # Not by `tarfile_samples`, which leaves the file open.
         with library.gopen(shard) as stream:
-            yield from tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}]))
+            yield from library.tariterators.group_by_keys(_files(shard, stream))
     except Exception as error:  # whatever tarfile or a connection raises
         raise ValueError(f"{shard} can't be read as a tar of images: {error}") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A file in an archive that has to have an end.
+
+    Else an archive that was cut between two files would be a shorter one: webdataset's own iterator
+    and `tarfile` take it for whole.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Reads the next header; only zeros may end an archive."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]  # undocumented
+            raise tarfile.ReadError(
+                "it ends without the mark of its end, so a part of it is missing; copy it again"
+            ) from error
+
+
+def _files(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """Files as webdataset's `tar_file_expander` gives them."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is not None and not _META.match(member.name):
+                yield {"fname": member.name, "data": content.read(), "__url__": shard}
+            archive.members = []  # type: ignore[attr-defined]  # they would pile up
+    yield {}
 
 
 def _worker() -> tuple[int, int]:
