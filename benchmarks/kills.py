@@ -2,10 +2,11 @@
 
 Each run is killed a few times, by SIGKILL or SIGTERM, in a phase chosen at random: at the start,
 in a training step, in validation, while a checkpoint is written, at the end. After each kill every
-checkpoint that is there has to load, and the next process goes on from the newest ``last.ckpt``. The
-end has to be that of a run that nobody killed: weights and optimiser bit for bit, and every row of
-its log, each once in the logs of those processes that got so far. A row for each kill is written at
-once, and a later call adds to the file. Linux only. Example::
+checkpoint that is there has to load, and the next process goes on from the newest ``last.ckpt``.
+The end has to be that of a run that nobody killed: weights and optimiser bit for bit, and every row
+of its log, each once in the log of a process; where a process goes on, its log replaces the rest of
+the one before. A row for each kill is written when its run has ended, and a later call adds to the
+file. Linux only. Example::
 
     python benchmarks/kills.py --kills 200 --out benchmarks/results/kills.json
 """
@@ -25,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +173,8 @@ class Run:
                 code = os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
         # Other processes and workers of it that are left.
-        for _ in range(2 if code is None else 1):
-            try:
-                os.killpg(self.process, signal.SIGKILL)
-            except ProcessLookupError:
-                break
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
         if code is None:
             os.waitpid(self.process, 0)
         os.close(self.pipe)
@@ -218,6 +217,24 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in reversed(paths) if path.is_file()), None)
 
 
+def same(value: Any, expected: Any) -> bool:
+    """Whether two values of a checkpoint are equal, bit for bit."""
+    try:
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint does not load; None if it does."""
+    try:
+        load_checkpoint(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def differences(folder: Path, reference: Path) -> list[str]:
     """How the end of a run differs from that of the one that was not killed."""
     problems = []
@@ -226,10 +243,8 @@ def differences(folder: Path, reference: Path) -> list[str]:
     assert other is not None
     found, expected = load_checkpoint(one), load_checkpoint(other)
     for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
-        try:
-            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
-        except AssertionError as error:
-            problems.append(f"{key}: {error}".splitlines()[0])
+        if not same(found[key], expected[key]):
+            problems.append(f"{key} differs")
     log: dict[tuple[int, str], str] = {}
     for version in versions(folder):
         own = rows(version)
@@ -304,11 +319,8 @@ def killed_run(
                     problems.append("it did not end")
                 elif code != (-number if number == signal.SIGKILL else 128 + number):
                     problems.append(f"exit code {code} after {number.name}")
-                for path in folder.glob("logs/version_*/checkpoints/*.ckpt"):
-                    try:
-                        load_checkpoint(path)
-                    except ValueError as error:
-                        problems.append(str(error))
+                paths = folder.glob("logs/version_*/checkpoints/*.ckpt")
+                problems += filter(None, map(damage, paths))
                 continue
         else:
             list(run.phases())

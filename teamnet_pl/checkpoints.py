@@ -71,6 +71,25 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Refuses weights that are infinite or NaN.
+
+    Args:
+        weights: By name.
+        source: What they belong to, for messages.
+
+    Raises:
+        ValueError: If one is; the message names the first such tensor.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            wrong = int((~weight.isfinite()).sum())
+            raise ValueError(
+                f"{source} has weights that are infinite or NaN: {wrong:,} of {weight.numel():,} "
+                f"values of {name}, the first such tensor. Use a checkpoint from before they were."
+            )
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves checkpoints such that a file is the old one or the new one, whole, whatever happens.
 

@@ -32,19 +32,20 @@ from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.data.loading import UnreadableImageError
 from teamnet_pl.deploy.checkpoint import SavedTeam
+from teamnet_pl.settings import run_settings
 
 _FROM_DATA = ("num_classes", "input_shape")
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Also has each checkpoint hold the data module and its arguments, as plain values."""
+    """Also has each checkpoint hold the data module and the run's settings, as plain values."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Saves the config, and hands the team the part of it that checkpoints hold."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and isinstance(pl_module, Team):
             config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            pl_module.run["data"] = config["data"]
+            pl_module.run |= {"data": config["data"], "settings": run_settings(config)}
 
 
 class TeamArgumentParser(LightningArgumentParser):
@@ -165,12 +166,17 @@ def _raised_in(error: BaseException, package: str) -> bool:
 def _with_checkpointed_config(args: list[str]) -> list[str]:
     """Puts the config of a named checkpoint in front of the subcommand's other options.
 
-    Only the arguments of the team and the data module are taken, after a check of what they name.
+    Only the arguments of the team and the data module are taken, after a check of what they name,
+    and by a training that goes on the settings that it had.
     """
     given = _given(args)
     path = given.get("ckpt_path")
-    if path is None or path in ("best", "last", "hpc"):  # which Lightning looks for
+    if path is None:
         return args
+    if path in _SEARCHED:
+        path = _find_checkpoint(path, given)
+        # Not as Lightning looks for it, which starts anew if there is none.
+        args = [*args, "--ckpt_path", str(path)]
     trust_import = given.get("trust_import") is True
     saved = SavedTeam.read(str(path), trust_import, given, map_location="meta")
     arguments = {
@@ -186,8 +192,38 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
     )
     if stored is not None and not replaced:
         config["data"] = saved.data()
-    first = 1 + next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)
+    subcommand = next((i for i, word in enumerate(args) if word in TeamCLI.subcommands()), 0)
+    if args[subcommand] == "fit":
+        config |= saved.settings()
+    first = 1 + subcommand
     return [*args[:first], "--config", yaml.safe_dump(config), *args[first:]]
+
+
+_SEARCHED = {"best": "best*.ckpt", "last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}
+
+
+def _find_checkpoint(kind: str, given: dict[str, Any]) -> Path:
+    """The newest checkpoint of a kind in the folder of checkpoints or logs that is in use.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if kind == "hpc":  # saved by Lightning, where SLURM stops a job
+        folder, pattern = given.get("trainer.default_root_dir"), _SEARCHED[kind]
+    elif given.get("checkpoint.dirpath") is not None:
+        folder, pattern = given["checkpoint.dirpath"], _SEARCHED[kind]
+    else:
+        folder = given.get("trainer.logger.init_args.save_dir", "logs")
+        pattern = f"**/checkpoints/{_SEARCHED[kind]}"
+    place = Path(str(folder or "."))
+    # Not `max` by the time alone: on some disks it has few digits.
+    paths = sorted(place.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    if not paths:
+        raise FileNotFoundError(
+            f"There is no checkpoint for --ckpt_path {kind}: no file {pattern} in "
+            f"{place.resolve()}. Give the file itself, or leave --ckpt_path out to start anew."
+        )
+    return paths[-1]
 
 
 def _same_class(given: object, stored: object) -> bool:

@@ -149,7 +149,8 @@ def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
 def test_fit_resumes_with_the_team_and_data_of_the_checkpoint(cli, best, tmp_path):
     trainer = yaml.safe_load(cli.config.read_text())["trainer"] | {"max_epochs": 2}
     last = best.with_name("last.ckpt")
-    cli(tmp_path, "fit", "--ckpt_path", last, "--trainer", json.dumps(trainer), tiny=False)
+    options = ["--trainer", json.dumps(trainer), "--test_after_fit", "false"]
+    cli(tmp_path, "fit", "--ckpt_path", last, *options, tiny=False)
     found = config(tmp_path)
     assert found["model"]["b"]["depths"] == 3
     assert found["data"]["init_args"]["batch_size"] == 32

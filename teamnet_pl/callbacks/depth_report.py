@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -32,7 +34,8 @@ class Row:
         blocks_per_stage: Number of skippable blocks kept in each stage.
         macs: Multiply-accumulates for one image.
         parameters: Number of parameters.
-        accuracy: Share of the images whose label is predicted first.
+        accuracy: Share of the images whose label is predicted first. This and the following are NaN
+            if the prediction for any image is not finite, in the file ``null``.
         accuracy_top5: Share of those whose label is among the first five; None up to five classes.
         loss: Mean cross-entropy.
         calibration_error: Expected calibration error.
@@ -89,7 +92,7 @@ class DepthReport(Callback):
             return
         folder = results_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "per_depth.json", json.dumps([asdict(row) for row in rows], indent=2))
+        write_text(folder / "per_depth.json", json.dumps(_records(rows), indent=2))
         if self.picture:
             figure = draw_report(rows)
             path = folder / "per_depth.png"
@@ -144,6 +147,17 @@ def report_rows(team: Team, split: Stage, metrics: dict[str, float]) -> list[Row
     return rows
 
 
+def _records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as values that JSON knows: it has no NaN."""
+    return [
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(row).items()
+        }
+        for row in rows
+    ]
+
+
 HEADER = ("depth", "blocks per stage", "MACs", "parameters", "accuracy A", "accuracy B")
 
 
@@ -180,7 +194,7 @@ def draw_report(rows: Sequence[Row]) -> Figure:
         name = f"Teammate {net.upper()}" if len(own) > 1 else net.capitalize()
         axes.plot(macs, accuracy, style, label=name, markersize=6 if len(own) > 1 else 11)
         for row in own:
-            if row.depth is not None:
+            if row.depth is not None and math.isfinite(row.accuracy):
                 point = (row.macs, 100 * row.accuracy)
                 offset = (3, 5) if net == "a" else (3, -11)
                 axes.annotate(row.depth, point, offset, textcoords="offset points", fontsize=8)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 from teamnet_pl.callbacks.folder import results_folder
 from teamnet_pl.cooperation import Team
@@ -17,7 +18,8 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what `Team` predicts to ``predictions.csv`` beside the checkpoint.
 
     One line for each image: its index in the dataset, and the name of the class that each member
-    predicts; its label if the names of the classes are not known.
+    predicts; its label if the names of the classes are not known, nothing if the prediction is not
+    finite.
     Each of several processes writes the images that it saw, to ``predictions-<rank>.csv``.
     """
 
@@ -38,11 +40,18 @@ class PredictionWriter(BasePredictionWriter):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         with open(folder / f"predictions{rank}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["index", *predictions[0]])
+            # A process may have no image.
+            writer.writerow(["index", *(predictions[0] if predictions else ())])
             # Both are lists of batches; indices have one more level, for several dataloaders.
             for batch, indices in zip(predictions, batch_indices[0], strict=True):
-                labels = [probabilities.argmax(dim=-1).tolist() for probabilities in batch.values()]
-                names = [
-                    [classes[label] if classes else label for label in column] for column in labels
-                ]
-                writer.writerows(zip(indices, *names, strict=True))
+                columns = [_named(probabilities, classes) for probabilities in batch.values()]
+                writer.writerows(zip(indices, *columns, strict=True))
+
+
+def _named(probabilities: Tensor, classes: Sequence[str] | None) -> list[str | int]:
+    finite = probabilities.isfinite().all(dim=-1).tolist()
+    labels = probabilities.argmax(dim=-1).tolist()
+    return [
+        (classes[label] if classes else label) if is_finite else ""
+        for label, is_finite in zip(labels, finite, strict=True)
+    ]

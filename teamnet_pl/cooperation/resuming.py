@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -9,6 +12,76 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from torch.optim import Optimizer
+
+_TEAM = ("num_classes", "input_shape", "leader", "a", "b")
+_CHANGEABLE = ("grad_checkpointing",)  # which changes no result
+
+
+def check_resumable(checkpoint: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses to go on with a checkpoint of another team, or of weights alone.
+
+    Args:
+        checkpoint: The checkpoint.
+        values: The hyper-parameters of the team that goes on.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
+        raise ValueError(
+            "The checkpoint holds weights alone, without the state of the optimiser, and cannot be "
+            "resumed: resume another one, or start a new training from its weights "
+            "(--model.a.checkpoint FILE and so on)."
+        )
+    saved = checkpoint.get("hyper_parameters") or {}
+    for name in _TEAM:
+        _check_same(name, saved.get(name), values[name])
+    _check_same("optimizer.name", _name(saved), _name(values))
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return str((values.get("optimizer") or {}).get("name")).lower()
+
+
+def _check_same(name: str, saved: Any, value: Any) -> None:
+    if isinstance(saved, Mapping) and isinstance(value, Mapping):
+        for key in {**saved, **value}:
+            if key not in _CHANGEABLE:
+                _check_same(f"{name}.{key}", saved.get(key), value.get(key))
+    elif _plain(saved) != _plain(value):
+        raise ValueError(
+            f"The checkpoint is of a training with another {name}: {saved} there, {value} here. "
+            "Resume with the same, or start a new training from its weights "
+            "(--model.a.checkpoint FILE and so on)."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
+    """Has the optimiser of a checkpoint go on with other options.
+
+    Args:
+        checkpoint: Its optimiser's options are replaced.
+        fresh: The optimiser with the options.
+
+    Raises:
+        ValueError: If the two don't have the same groups of parameters.
+    """
+    (state,) = checkpoint["optimizer_states"]
+    saved = state["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, fresh.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The optimiser of the checkpoint has groups of {sizes[0]} parameters, and with these "
+            f"options of {sizes[1]}: resume with the weight_decay of the checkpoint."
+        )
+    for group, options in zip(saved, fresh.param_groups, strict=True):
+        # The learning rate is the schedule's.
+        group |= {key: value for key, value in options.items() if key not in ("params", "lr")}
 
 
 def drop_finders(trainer: Trainer) -> None:

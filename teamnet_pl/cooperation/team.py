@@ -12,14 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.checkpoints import check_finite, load_checkpoint
 from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
+from teamnet_pl.cooperation.metrics import member_metrics
 from teamnet_pl.cooperation.optimization import (
     OptimizerConfig,
     ScheduleConfig,
@@ -27,7 +30,12 @@ from teamnet_pl.cooperation.optimization import (
     configure,
     training_steps,
 )
-from teamnet_pl.cooperation.resuming import drop_finders, resume_epoch
+from teamnet_pl.cooperation.resuming import (
+    apply_options,
+    check_resumable,
+    drop_finders,
+    resume_epoch,
+)
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.randomness import seeded
@@ -56,6 +64,9 @@ class Team(LightningModule):
         optimizer: The optimiser of all of them.
         schedule: Its learning rate over the training.
         label_smoothing: Share of the label spread over all classes, from 0 to 1.
+        on_non_finite: What to do about a term of the loss or a gradient that is infinite or NaN:
+            "raise" an error that names it, or "skip" the step and count it. Where the precision
+            scales losses (16-mixed), gradients are left to the scaler.
 
     Attributes:
         run: Plain values about the run, which each checkpoint holds: ``preprocessing`` and
@@ -89,8 +100,11 @@ class Team(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         label_smoothing: float = 0.0,
+        on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
+        if on_non_finite not in ("raise", "skip"):
+            raise ValueError(f"on_non_finite must be raise or skip, found {on_non_finite!r}.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
         if num_classes < 2:
@@ -108,15 +122,19 @@ class Team(LightningModule):
                 "optimizer": asdict(optimizer),
                 "schedule": asdict(schedule),
                 "label_smoothing": label_smoothing,
+                "on_non_finite": on_non_finite,
             }
         )
         self.run: dict[str, Any] = {}
         self._classes: list[str] | None = None  # of the data that the trainer has
+        self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.cooperation = cooperation
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.label_smoothing = label_smoothing
+        self.on_non_finite = on_non_finite
+        self._step_is_lost = False  # since a term of its loss is not finite
 
         self.leader: nn.Module | None = None
         self.leader_frozen = leader is not None and leader.frozen
@@ -139,7 +157,9 @@ class Team(LightningModule):
         self._run_seed = torch.initial_seed()
         self.metrics = nn.ModuleDict(
             {
-                stage: nn.ModuleDict({who: _metrics(num_classes) for who in self._evaluated()})
+                stage: nn.ModuleDict(
+                    {who: member_metrics(num_classes) for who in self._evaluated()}
+                )
                 for stage in get_args(Stage)
             }
         )
@@ -193,10 +213,17 @@ class Team(LightningModule):
             self.run |= description
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the values about the run, also where only weights are saved."""
+        """Adds the values about the run, also where only weights are saved.
+
+        Raises:
+            ValueError: If a weight is not finite.
+        """
+        check_finite(
+            checkpoint["state_dict"], f"The team after step {checkpoint.get('global_step')}"
+        )
         checkpoint[RUN_KEY] = self.run | {"seed": self._run_seed}
         # A run that goes on from here does not log again what led here.
-        for logger in self.trainer.loggers:
+        for logger in self._trainer.loggers if self._trainer else []:
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -206,9 +233,21 @@ class Team(LightningModule):
         self.run = saved | self.run
         if isinstance(seed := saved.get("seed"), int):
             self._run_seed = abs(seed)
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and checkpoint.get("global_step"):
-            drop_finders(trainer)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        check_resumable(checkpoint, self.hparams)
+        if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
+            apply_options(checkpoint, self.optimizer_config.create(self))
+        done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if 0 <= (self._epochs or 0) < done:
+            raise ValueError(
+                f"The checkpoint has been trained for {done} epochs, more than the {self._epochs} "
+                "that were asked for: give more (--trainer.max_epochs)."
+            )
+        if checkpoint["global_step"]:
+            drop_finders(self.trainer)
 
     def _check_classes(self, trained: list[str] | None) -> None:
         """Refuses data with other classes than the team was trained on, by their names."""
@@ -320,17 +359,65 @@ class Team(LightningModule):
         return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One step of all members on one batch of images and labels."""
+        """One step of all members on one batch of images and labels.
+
+        Raises:
+            ValueError: If a term of the loss is not finite, unless such steps are skipped.
+        """
         images, target = batch
+        skips = self.on_non_finite == "skip"
+        statistics = [buffer.clone() for buffer in self.buffers()] if skips else []
         with seeded(self._step_seed(batch_idx), images.device):
             logits = self(images)
         terms = self.losses(logits, target)
         ramp = self._ramp()
         loss = self.total_loss(terms, ramp)
-        self.log("train/loss", loss, prog_bar=True)
+        # In one collective, by which all processes also know of what is not finite in any.
+        values = torch.stack([loss, *terms.values()]).detach()
+        values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        if not values.isfinite().all():
+            # The loss itself last: it is what the terms make of it.
+            named = zip([*terms, "loss"], values.roll(-1).tolist(), strict=True)
+            name, value = next((n, v) for n, v in named if not math.isfinite(v))
+            self._refuse_step(f"the term {name} of the loss is {value}")
+            self._step_is_lost = True
+            for buffer, value in zip(self.buffers(), statistics, strict=True):
+                buffer.copy_(value)
+            return loss * torch.nan  # so that no gradient is finite
+        self.log("train/loss", values[0], prog_bar=True)
         self.log("train/ramp", ramp)
-        self.log_dict({f"train/{name}": term for name, term in terms.items()})
+        self.log_dict({f"train/{n}": value for n, value in zip(terms, values[1:], strict=True)})
         return loss
+
+    def _refuse_step(self, problem: str) -> None:
+        """Raises, or warns where such steps are skipped."""
+        if self.on_non_finite == "raise":
+            raise ValueError(
+                f"Step {self.global_step}: {problem}, so training stops before it. Lower the "
+                "learning rate, clip gradients (gradient_clip_val), or have such steps skipped "
+                "(on_non_finite: skip)."
+            )
+        rank_zero_warn(f"Step {self.global_step} is skipped: {problem}.")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuses gradients that are not finite; the same on all processes, as they are.
+
+        Raises:
+            ValueError: If one is not finite, unless such steps are skipped.
+        """
+        lost, self._step_is_lost = self._step_is_lost, False
+        # A scaler of losses looks at the gradients itself, and skips their step.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+            if not get_total_norm(list(gradients.values()), math.inf).isfinite():
+                if not lost:
+                    name = next(n for n, g in gradients.items() if not g.isfinite().all())
+                    self._refuse_step(f"the gradient of {name} is not finite")
+                lost = True
+                optimizer.zero_grad()  # a step without gradients changes nothing
+        if self.on_non_finite == "skip":
+            self.run["skipped_steps"] = self.run.get("skipped_steps", 0) + lost
+            self.log("train/skipped_steps", float(self.run["skipped_steps"]))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measures all members on one batch."""
@@ -346,7 +433,7 @@ class Team(LightningModule):
 
     def _probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds to the members' predictions the mean of the Teammates' deepest ones."""
-        found = {member: own.softmax(dim=-1) for member, own in logits.items()}
+        found = {member: _softmax(own) for member, own in logits.items()}
         if len(self.teammates) > 1:
             deepest = [found[f"{name}/{net.depths[0]}"] for name, net in self.elastic_nets.items()]
             found["ensemble"] = torch.stack(deepest).mean(dim=0)
@@ -354,15 +441,14 @@ class Team(LightningModule):
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
-        if not len(target):  # none of its images could be read
-            return
-        for member, own in self._probabilities(self(images)).items():
+        if len(target):
+            logits = self(images)
+        else:  # none of its images could be read, or other processes have more images
+            none = _single(images.new_zeros(0, self.num_classes))
+            logits = dict.fromkeys(self.members(), none)
+        for member, probabilities in self._probabilities(logits).items():
             for name, metric in self._metrics(stage, member).items():
-                if name == "loss":
-                    log_likelihood = own.clamp_min(torch.finfo(own.dtype).tiny).log()
-                    metric.update(F.nll_loss(log_likelihood, target, reduction="none"))
-                else:
-                    metric.update(own, target)
+                metric.update(probabilities, target)
                 self.log(f"{stage}/{name}/{member}", metric)
 
     def _metrics(self, stage: Stage, member: str) -> Mapping[str, Metric]:
@@ -468,15 +554,10 @@ def _listed(names: list[str]) -> str:
     return (", ".join(names[:5]) or "none") + more
 
 
-def _metrics(num_classes: int) -> nn.ModuleDict:
-    metrics: dict[str, Metric] = {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "calibration_error": MulticlassCalibrationError(num_classes),
-        "loss": MeanMetric(),
-    }
-    if num_classes > 5:
-        metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return nn.ModuleDict(metrics)
+def _softmax(logits: Tensor) -> Tensor:
+    """Class probabilities; all NaN for an image of which a logit is not finite."""
+    finite = logits.isfinite().all(dim=-1, keepdim=True)
+    return logits.softmax(dim=-1).masked_fill(~finite, torch.nan)
 
 
 def _single(logits: Tensor) -> Tensor:

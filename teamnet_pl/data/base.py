@@ -21,6 +21,7 @@ from teamnet_pl.data.loading import (
     Collate,
     Draw,
     EpochSampler,
+    EvaluationSampler,
     ResumableLoader,
     SameOrderSampler,
     Skipped,
@@ -62,6 +63,7 @@ class ImageDataModule(LightningDataModule, ABC):
     the epoch and the image alone, not on ``num_workers`` or what else draws random numbers. Under a
     distributed strategy, one batch of each process together hold the images of one batch of a
     single process with the batch size of all of them; MixUp and CutMix mix those of each process.
+    In validation, test and prediction each image is served once, by one process.
     That holds for transforms that draw from torch, as all of torchvision's do, from NumPy's or from
     Python's global generator.
 
@@ -120,6 +122,8 @@ class ImageDataModule(LightningDataModule, ABC):
         cutmix_alpha: float = 0.0,
     ) -> None:
         super().__init__()
+        # Of fewer images than processes, some get none to predict.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if val_fraction is not None:
@@ -228,7 +232,6 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented training batches."""
-        processes, _ = self._processes()
         sampler = self._sampler()
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             sampler = SameOrderSampler(self.train_set, self._seed, *self._processes())
@@ -236,21 +239,21 @@ class ImageDataModule(LightningDataModule, ABC):
             self.train_set,
             sampler=sampler,
             # Batch norm can't train on a last batch of one image.
-            drop_last=len(self.train_set) // processes > self.batch_size,
+            drop_last=len(sampler) > self.batch_size,
             **self._loader_options(self._mixes()),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, in a fixed order."""
-        return DataLoader(self.val_set, **self._loader_options())
+        return self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches, in the dataset's order."""
-        return DataLoader(self.test_set, **self._loader_options())
+        return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test batches."""
-        return self.test_dataloader()
+        return self._evaluation_loader(self.test_set, even=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Makes what a net takes of a loader's images.
@@ -346,6 +349,11 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
                 f"input_shape is {self.input_shape}. The transform has to crop or resize to it."
             )
+
+    def _evaluation_loader(self, images: TransformedSubset, even: bool = True) -> DataLoader[Any]:
+        """Loads this process's share, of which see `EvaluationSampler`."""
+        sampler = EvaluationSampler(images, *self._processes(), even)
+        return DataLoader(images, sampler=sampler, **self._loader_options())
 
     def _sampler(self) -> EpochSampler:
         return EpochSampler(self.train_set, self._seed, *self._processes())

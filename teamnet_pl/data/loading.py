@@ -79,6 +79,33 @@ class SameOrderSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]
         )
 
 
+class EvaluationSampler(DistributedSampler[Any], SequentialSampler):
+    """This process's images in the dataset's order: over all processes each image once.
+
+    Lightning leaves it as it is; what it uses by itself serves some images twice.
+
+    Args:
+        dataset: What to serve.
+        num_replicas: Number of processes.
+        rank: This process among them.
+        even: Whether each process serves as many, those that lack an image a ``None``: where a
+            process waits for the others with each batch.
+    """
+
+    def __init__(
+        self, dataset: TransformedSubset, num_replicas: int, rank: int, even: bool = True
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self.images = len(dataset)
+        if not even:
+            self.num_samples = len(range(rank, self.images, num_replicas))
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in range(self.num_samples):
+            index = self.rank + place * self.num_replicas
+            yield index if index < self.images else None
+
+
 class Resumable(ABC):
     """A loader that goes on within an epoch; Lightning keeps its state in the checkpoints.
 
@@ -179,11 +206,13 @@ class TransformedSubset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int | Draw) -> tuple[Any, ...] | None:
-        """Image and label; ``None`` if skipped.
+    def __getitem__(self, item: int | Draw | None) -> tuple[Any, ...] | None:
+        """Image and label; ``None`` if skipped, or asked for by ``None``.
 
         Asked for with a seed, there is always one, if need be of the next image, and the seed.
         """
+        if item is None:
+            return None
         if not isinstance(item, Draw):
             return self._sample(item)
         for index in range(item.image, item.image + len(self)):

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.images import EncodedImageDataModule, Statistics, read_image
+from teamnet_pl.data.images import (
+    EncodedImageDataModule,
+    Statistics,
+    largest_value,
+    read_image,
+)
 from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
 from teamnet_pl.optional import require
 from teamnet_pl.randomness import seeded
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # not in Python 3.10's typing
+
+_META = re.compile(r"__[^/]*__($|/)")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardStream(IterableDataset[Any]):
     """This process's share of the images in some shards, in order.
 
-    The processes take turns, image by image, so that each serves as many batches as the others,
-    which wait for each other. Where images run out within a turn, the last one serves the rest.
+    The processes take turns, image by image. Where images run out within a turn, a ``None`` takes
+    the place of one, so that each process serves as many batches as the others, which wait for it.
 
     Args:
         shards: Files or addresses.
         num_classes: Number of classes.
         channels: 3 for RGB, 1 for grey.
+        bits: How many bits of images with 16 hold values.
         transform: Applied to each image.
         skipped: Where to note images that can't be read; ``None`` for an error.
         processes: Number of processes that share the shards.
@@ -43,6 +55,7 @@ class ShardStream(IterableDataset[Any]):
         shards: Sequence[str],
         num_classes: int,
         channels: int,
+        bits: int,
         transform: v2.Transform,
         skipped: Skipped | None,
         processes: int,
@@ -51,17 +64,18 @@ class ShardStream(IterableDataset[Any]):
         self.shards = shards
         self.num_classes = num_classes
         self.channels = channels
+        self.bits = bits
         self.transform = transform
         self.skipped = skipped
         self.processes = processes
         self.rank = rank
 
     def __iter__(self) -> Iterator[Any]:
-        """(image, label) of this process's images in this worker's shards; ``None`` if skipped."""
+        """(image, label) of this process's images in this worker's shards; ``None`` for none."""
         worker, workers = _worker()
         samples = self.encoded(self.shards[worker::workers])
         while turn := list(islice(samples, self.processes)):
-            yield self.decoded(turn[min(self.rank, len(turn) - 1)])
+            yield self.decoded(turn[self.rank]) if self.rank < len(turn) else None
 
     def encoded(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Samples as webdataset gives them."""
@@ -80,7 +94,9 @@ class ShardStream(IterableDataset[Any]):
                 f"0..{self.num_classes - 1}, found {', '.join(found)} with class {label!r}."
             )
         try:
-            image = read_image(f"{name}.{ending}", BytesIO(sample[ending]), self.channels)
+            image = read_image(
+                f"{name}.{ending}", BytesIO(sample[ending]), self.channels, self.bits
+            )
         except UnreadableImageError as problem:
             if self.skipped is None:
                 raise
@@ -247,6 +263,8 @@ class Shards(EncodedImageDataModule):
         self.draw_seed()
         self.set_statistics(None)
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
+        if self.shards["train"] and self.given_bits is None and not self._missing("train"):
+            self.find_bits(_largest_value(self.shards["train"][0]))
         if stage in ("fit", "validate"):
             self.val_stream = self._stream("val", evaluation)
             self._stream("train", self._augmentation())
@@ -303,17 +321,21 @@ class Shards(EncodedImageDataModule):
             self.shards[split],
             self.num_classes,
             self.input_shape[0],
+            self.bits,
             transform,
             self.skipped,
             *self._processes(),
         )
 
+    def _missing(self, split: Split) -> list[str]:
+        """Shards that should be on a disk and are not."""
+        return [url for url in self.shards[split] if ":" not in url and not Path(url).is_file()]
+
     def _stream(self, split: Split, transform: v2.Transform) -> ShardStream:
         """The stream of a split, whose first image is right."""
         if not (shards := self.shards[split]):
             raise ValueError(f"There are no {split} shards: set {split}.")
-        missing = [url for url in shards if ":" not in url and not Path(url).is_file()]
-        if missing:
+        if missing := self._missing(split):
             raise FileNotFoundError(f"There are no {split} shards {', '.join(missing)}.")
         stream = ShardStream(*self._share(split, transform))
         first = next(stream.encoded(shards), None)
@@ -330,13 +352,52 @@ class Shards(EncodedImageDataModule):
 
 def _samples(shard: str) -> Iterator[dict[str, Any]]:
     library = require("webdataset", "webdataset")
-    tar = library.tariterators
     try:
         # Not by `tarfile_samples`, which leaves the file open.
         with library.gopen(shard) as stream:
-            yield from tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}]))
+            yield from library.tariterators.group_by_keys(_files(shard, stream))
     except Exception as error:  # whatever tarfile or a connection raises
         raise ValueError(f"{shard} can't be read as a tar of images: {error}") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A file in an archive that has to have an end.
+
+    Else an archive that was cut between two files would be a shorter one: webdataset's own iterator
+    and `tarfile` take it for whole.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Reads the next header; only zeros may end an archive."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]  # undocumented
+            raise tarfile.ReadError(
+                "it ends without the mark of its end, so a part of it is missing; copy it again"
+            ) from error
+
+
+def _files(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """Files as webdataset's `tar_file_expander` gives them."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is not None and not _META.match(member.name):
+                yield {"fname": member.name, "data": content.read(), "__url__": shard}
+            archive.members = []  # type: ignore[attr-defined]  # they would pile up
+    yield {}
+
+
+def _largest_value(shard: str) -> int | None:
+    """The largest value of the first images with 16 bits in a shard; ``None`` without such."""
+    values = [
+        largest_value(BytesIO(sample[ending]))
+        for sample in islice(_samples(shard), 16)
+        for ending in _IMAGES
+        if ending in sample
+    ]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _worker() -> tuple[int, int]:

@@ -13,7 +13,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from teamnet_pl.deploy.predictor import Predictor
+from teamnet_pl.deploy.predictor import NonFiniteError, Predictor, check_output
 
 HOLD_UPS = 1.25
 """How many times their time batches are planned to take, but for the next one."""
@@ -106,6 +106,7 @@ class Batcher:
         Raises:
             OverloadedError: If other requests leave too little time for the shallowest depth, now
                 or by the time it is its turn.
+            NonFiniteError: If what the net gives is not finite.
         """
         self.admit(arrived, budget_ms, depth)
         request = _Request(image, arrived, arrived + budget_ms / 1000, depth)
@@ -202,6 +203,11 @@ class Batcher:
         finally:
             self._done_at = None
         for request, own in zip(batch, found, strict=True):
+            try:
+                check_output(own, depth)
+            except NonFiniteError as error:
+                request.fail(error)
+                continue
             if not request.answer.done():
                 waited_ms = 1000 * (now - request.arrived)
                 request.answer.set_result(Answer(own, depth, len(batch), waited_ms))

@@ -16,6 +16,7 @@ from teamnet_pl.cooperation.configs import restore_arguments, restore_config
 from teamnet_pl.cooperation.team import RUN_KEY, Team, team_content
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.data.preprocessing import PreprocessingConfig
+from teamnet_pl.settings import check_settings
 from teamnet_pl.trust import Trust
 
 
@@ -138,6 +139,15 @@ class SavedTeam:
             return None
         self.trust.check_data(data)
         return dict(data)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, as in a config of the command line; empty if there are none.
+
+        Raises:
+            ValueError: If one is not a number, a switch or a word, or no checkpoint may hold it.
+        """
+        settings = self.run.get("settings")
+        return {} if settings is None else check_settings(self.path, settings)
 
     def data_module(self) -> ImageDataModule | None:
         """Makes the data module that the team was trained on; no data is read yet.

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from teamnet_pl.atomic import write_text
+from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.export import save_executorch, save_program, save_weights
 from teamnet_pl.deploy.hub import Teammate
@@ -66,8 +67,8 @@ def export_files(
         The manifest.
 
     Raises:
-        ValueError: If there is no such format or depth, a net cannot be exported, or ``onnx_int8``
-            lacks the data.
+        ValueError: If there is no such format or depth, a net cannot be exported or has weights
+            that are infinite or NaN, or ``onnx_int8`` lacks the data.
         ModuleNotFoundError: If a library that a format needs is not installed.
     """
     for each in formats:
@@ -84,6 +85,7 @@ def export_files(
         )
     if calibration_images < 1:
         raise ValueError(f"calibration_images must be at least 1, found {calibration_images}.")
+    check_finite(teammate.state_dict(), "The net")
     if "onnx_int8" in formats and data is not None:
         images = _validation_images(data, calibration_images)
     chosen = [teammate.depth(depth).name for depth in depths or teammate.depths]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import weights_digest
+from teamnet_pl.checkpoints import check_finite, weights_digest
 from teamnet_pl.cooperation import TeammateConfig
 from teamnet_pl.cooperation.configs import restore_member
 from teamnet_pl.cooperation.team import check_task, load_weights
@@ -156,7 +156,8 @@ class Teammate(
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is not a checkpoint of a training, is damaged, names what is not
-                trusted, or its team has no such Teammate; or if there is no such device.
+                trusted, or its team has no such Teammate; if a weight is infinite or NaN; or if
+                there is no such device.
         """
         return cls.from_saved(SavedTeam.read(path, trust_import), name, device)
 
@@ -198,6 +199,7 @@ class Teammate(
             if key.startswith(prefix)
         }
         load_weights(teammate, weights, saved.path)
+        check_finite(weights, saved.path)
         try:
             return teammate.eval().to(device)
         except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
@@ -266,8 +268,8 @@ class Teammate(
             The Teammate, in evaluation mode.
 
         Raises:
-            ValueError: If the config or the weights are missing, damaged or do not fit each other,
-                or the config names what is not trusted.
+            ValueError: If the config or the weights are missing, damaged, not finite or do not fit
+                each other, or the config names what is not trusted.
         """
         try:
             teammate: Teammate = super().from_pretrained(
@@ -317,6 +319,7 @@ class Teammate(
                 f"{model_file} is damaged: its weights are not those that were saved, by their "
                 "checksum. Use another copy of the file."
             )
+        check_finite(model.state_dict(), model_file)
         return model.eval()
 
     @classmethod

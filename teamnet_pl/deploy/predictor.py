@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.deploy.controller import WINDOW, DepthController
 from teamnet_pl.deploy.hub import Teammate
 from teamnet_pl.deploy.images import Images, Preprocessing
@@ -22,6 +23,10 @@ from teamnet_pl.trust import Trust
 
 CALIBRATION_RUNS = 10
 """Runs of each depth that tell its latency where no profile does."""
+
+
+class NonFiniteError(ArithmeticError):
+    """The net gave a number that is infinite or NaN."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,11 @@ class Predictor:
         depths: Names of the depths to choose from, the deepest first.
         macs: Multiply-accumulates of each for one image, by name.
         controller: What chooses a depth for a budget of time.
+        last_is_finite: Whether all that the last run gave is finite.
 
     Raises:
-        ValueError: If the net has no such depth, the profile is that of another net or device, or
-            a batch size is not positive.
+        ValueError: If the net has no such depth, its weights or what it gives are not finite, the
+            profile is that of another net or device, or a batch size is not positive.
 
     Example:
         >>> import torchvision
@@ -104,6 +110,7 @@ class Predictor:
         depths: Sequence[str] | None = None,
         batch_sizes: Sequence[int] = (1, 8),
     ) -> None:
+        check_finite(net.state_dict(), "The net")
         net.eval()
         chosen = [net.depth(depth) for depth in (net.depths if depths is None else depths)]
         views = {own.name: net.view(own) for own in net.depths if own in chosen}
@@ -119,6 +126,7 @@ class Predictor:
             profile = profile_depths(net, views, batch_sizes, CALIBRATION_RUNS)
         self._check(profile, next(net.parameters()).device)
         self.controller = DepthController(self.depths, profile.expected_ms)
+        self.last_is_finite = True
         self._waits: deque[float] = deque(maxlen=WINDOW)  # of the last calls, while images are read
         # Whatever the profile says, what the machine does now is not known without a run.
         image = example_images(torch.nn.Module(), 1, net.input_shape)
@@ -126,6 +134,11 @@ class Predictor:
             run_timed(view, image)  # warms up
         for depth in views:
             self.run(image, depth)
+            if not self.last_is_finite:
+                raise ValueError(
+                    f"The net's output at {depth} is not finite, though its weights are: they are "
+                    "not those of a trained net. Use another checkpoint."
+                )
 
     def _check(self, profile: Profile, device: torch.device) -> None:
         if missing := [depth for depth in self.depths if depth not in profile.depths]:
@@ -213,6 +226,7 @@ class Predictor:
             FileNotFoundError: If there is no such file.
             ValueError: If more than one budget is given, it is not positive, there is no such depth
                 or none takes so little arithmetic, or an image is none or has the wrong shape.
+            NonFiniteError: If what the net gives for an image is not finite.
         """
         begin, worked = time.perf_counter(), time.thread_time()
         if sum(budget is not None for budget in (budget_ms, macs, depth)) > 1:
@@ -232,6 +246,8 @@ class Predictor:
         else:
             chosen = self.controller.choose(budget_ms - work_ms - least_ms, len(batch))
         probabilities = self.run(batch, chosen, waited_ms - least_ms)
+        for own in probabilities:
+            check_output(own, chosen)
         taken_ms = 1000 * (time.perf_counter() - begin)
         return Prediction(probabilities, chosen, taken_ms, self.classes)
 
@@ -262,11 +278,26 @@ class Predictor:
             lost_ms: Milliseconds that the machine's load has cost the call before.
 
         Returns:
-            Class probabilities, shape ``(N, classes)``.
+            Class probabilities, shape ``(N, classes)``; see `check_output`.
         """
         probabilities, taken_ms = run_timed(self._views[depth], batch)
         self.controller.observe(depth, len(batch), lost_ms + taken_ms)
+        self.last_is_finite = bool(probabilities.isfinite().all())
         return probabilities
+
+
+def check_output(probabilities: Tensor, depth: str) -> None:
+    """Refuses what a net gave for an image, if it is not finite.
+
+    Args:
+        probabilities: Of each class, shape ``(classes,)``.
+        depth: Name of the depth that ran.
+
+    Raises:
+        NonFiniteError: If one is not finite.
+    """
+    if not probabilities.isfinite().all():
+        raise NonFiniteError(f"The net's output at {depth} is not finite.")
 
 
 def check_budget(budget_ms: float) -> None:

@@ -216,16 +216,18 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """Says whether requests are answered, and what the server can do."""
-        failed = self._running.done()
+        status = "failed" if self._running.done() else "ok"
+        if status == "ok" and not self.predictor.last_is_finite:
+            status = "the last output is not finite"
         return JSONResponse(
             {
-                "status": "failed" if failed else "ok",
+                "status": status,
                 "depths": self.predictor.macs,
                 "input_shape": self.predictor.preprocessing.input_shape,
                 "classes": self.predictor.classes,
                 "budget_ms": self.budget_ms,
             },
-            503 if failed else 200,
+            200 if status == "ok" else 503,
         )
 
     async def show_metrics(self, request: Request) -> Response:

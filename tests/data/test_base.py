@@ -679,3 +679,23 @@ def test_count_of_images_and_labels_differ():
 
     with pytest.raises(ValueError, match="200 images but 199 labels"):
         Short().setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "expected"),
+    [
+        (64, 1, [32, 32]),
+        (65, 1, [32, 32]),
+        (65, 2, [32]),
+        (66, 2, [32]),
+        (63, 2, [32]),
+        (20, 1, [20]),
+    ],
+)
+def test_a_last_batch_is_left_out_where_it_is_short(monkeypatch, images, processes, expected):
+    """One image alone would stop batch norm. Each process has its share, rounded up."""
+    for rank in range(processes):
+        monkeypatch.setattr(Digits, "_processes", lambda self, rank=rank: (processes, rank))
+        data = Digits(batch_size=32, train_size=images, train_transform=[])
+        data.setup("fit")
+        assert [len(labels) for _, labels in data.train_dataloader()] == expected

@@ -1,3 +1,6 @@
+import gzip
+import tarfile
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data import Shards
 from teamnet_pl.data.loading import UnreadableImageError
+from teamnet_pl.data.shards import _samples
 
 SIZES = [11, 7, 9, 13]  # 40 images
 
@@ -121,7 +125,7 @@ def test_processes_share_the_shards(on_disk, rank, monkeypatch):
     others = on_disk.numbers_in(shards(on_disk, train_images=16).train_dataloader())
     assert len(own) == len(others) == 8
     assert not set(own) & set(others)
-    assert val == ([0, 2, 4, 6], [1, 3, 5, 6])[rank]  # as many on each, so the last one twice
+    assert val == ([0, 2, 4, 6], [1, 3, 5])[rank]  # each once
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -223,3 +227,34 @@ def test_shards_from_elsewhere(on_disk, serve):
     address = serve(on_disk.folder)
     data = shards(on_disk, train=f"{address}/train-{{0..3}}.tar")
     assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
+
+
+@pytest.mark.fault("a tar shard was cut between two files", "an error that names the shard")
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_a_shard_without_its_end(on_disk, tmp_path, ending):
+    """Each cut at the end of a file in it would make a valid but shorter archive."""
+    on_disk.shards([5, 2], "val")
+    whole = (on_disk.folder / "val-0.tar").read_bytes()
+    with tarfile.open(on_disk.folder / "val-0.tar") as archive:
+        cuts = [member.offset for member in archive][2:]
+    pack = gzip.compress if ending == "tar.gz" else bytes
+    path = tmp_path / f"shard.{ending}"
+    path.write_bytes(pack(whole))
+    count = len(list(_samples(str(path))))
+    assert count > 1
+    for cut in cuts:
+        path.write_bytes(pack(whole[:cut]))
+        with tarfile.open(path) as archive:
+            assert len(archive.getnames()) > 0
+        with pytest.raises(ValueError, match=rf"shard\.{ending} can't be read.*ends without"):
+            list(_samples(str(path)))
+
+
+def test_a_shard_cut_in_the_midst_of_its_compressed_bytes(on_disk, tmp_path):
+    on_disk.shards([5, 2], "val")
+    content = gzip.compress((on_disk.folder / "val-0.tar").read_bytes())
+    path = tmp_path / "shard.tar.gz"
+    for share in (0.3, 0.7, 0.95):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"shard\.tar\.gz can't be read"):
+            list(_samples(str(path)))

@@ -1,0 +1,107 @@
+"""Metrics of an evaluation: the same in every precision, and NaN where a prediction is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+
+class _OfAllImages(Metric):
+    """Mixin: NaN if the prediction for any image is not finite, or if there was no image.
+
+    States keep their type, whatever a net is converted to: sums in half precision are wrong.
+    """
+
+    images: Tensor
+    non_finite: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("images", "non_finite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds a batch, which may be empty.
+
+        Args:
+            preds: Class probabilities, shape ``(N, classes)``.
+            target: Labels, shape ``(N,)``.
+        """
+        self.images += len(preds)
+        self.non_finite += (~preds.isfinite()).any(dim=-1).sum()
+        super().update(preds.nan_to_num(0, 0, 0), target)  # type: ignore[safe-super]
+
+    def compute(self) -> Tensor:
+        """The value over all images so far, a scalar."""
+        if not self.images or self.non_finite:
+            return torch.full((), torch.nan, device=self.images.device)
+        value: Tensor = super().compute()  # type: ignore[safe-super]
+        return value
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> nn.Module:
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+class Accuracy(_OfAllImages, MulticlassAccuracy):
+    """Share of the images whose label is among the first ``top_k`` predicted."""
+
+
+class CalibrationError(_OfAllImages, MulticlassCalibrationError):
+    """Expected calibration error."""
+
+
+class _NegativeLogLikelihood(Metric):
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        log_likelihood = preds.clamp_min(torch.finfo(preds.dtype).tiny).log()
+        self.total += F.nll_loss(log_likelihood, target, reduction="sum")
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+class CrossEntropy(_OfAllImages, _NegativeLogLikelihood):
+    """Mean cross-entropy."""
+
+    def compute(self) -> Tensor:
+        """The mean over all images so far, a scalar."""
+        return super().compute() / self.images
+
+
+def member_metrics(num_classes: int) -> nn.ModuleDict:
+    """Makes the metrics of one member, by name.
+
+    Args:
+        num_classes: Number of classes; up to five there is no ``accuracy_top5``.
+
+    Example:
+        >>> metrics = member_metrics(3)
+        >>> probabilities = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.5, torch.nan]])
+        >>> metrics["accuracy"].update(probabilities[:1], torch.tensor([0]))
+        >>> metrics["accuracy"].compute()
+        tensor(1.)
+        >>> metrics["accuracy"].update(probabilities[1:], torch.tensor([0]))
+        >>> metrics["accuracy"].compute()
+        tensor(nan)
+    """
+    metrics: dict[str, Metric] = {
+        "accuracy": Accuracy(num_classes, average="micro"),
+        "calibration_error": CalibrationError(num_classes),
+        "loss": CrossEntropy(),
+    }
+    if num_classes > 5:
+        metrics["accuracy_top5"] = Accuracy(num_classes, average="micro", top_k=5)
+    return nn.ModuleDict(metrics)
