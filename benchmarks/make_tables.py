@@ -1,4 +1,4 @@
-"""Writes the tables in README.md and docs/ from benchmarks/results/.
+"""Writes the tables in README.md and docs/ from benchmarks/results/ and the tests' markers.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is
 written, and a table that is not up to date is an error.
@@ -7,6 +7,7 @@ written, and a table that is not up to date is an error.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import statistics
@@ -271,6 +272,21 @@ def shares(depths: dict[str, float]) -> str:
     return ", ".join(f"{depth} {share:.0%}" for depth, share in found if share >= 0.005)
 
 
+def faults(name: str) -> str:
+    """What happens at each fault, from the markers of the tests that show it."""
+    rows = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
+                    fault, outcome = map(ast.literal_eval, mark.args)
+                    file = path.relative_to(ROOT).as_posix()
+                    rows.append([fault, outcome, f"[{node.name}](../{file})"])
+    return markdown(["fault", "what happens", "shown by"], rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "packed_forward": packed_forward,
     "accuracy_fashion_mnist": accuracy,
@@ -287,6 +303,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "profile": profile,
     "stress": stress,
     "load": load,
+    "faults": faults,
 }
 
 

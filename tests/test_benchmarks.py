@@ -35,6 +35,17 @@ def test_no_table_is_empty(pytestconfig):
     assert all(table.count("\n|") >= 3 for table in tables)
 
 
+def test_the_fault_table_has_a_row_for_each_marker(pytestconfig):
+    """Counted in the text, since the script reads the syntax tree."""
+    tests = pytestconfig.rootpath / "tests"
+    markers = sum(
+        len(re.findall(r"^@pytest\.mark\.fault\(", path.read_text(), re.M))
+        for path in tests.rglob("test_*.py")
+    )
+    page = (pytestconfig.rootpath / "docs/faults.md").read_text()
+    assert markers == page.count("](../tests/") > 50
+
+
 @pytest.mark.slow
 def test_packed_forward(script, tmp_path):
     out = tmp_path / "out.json"

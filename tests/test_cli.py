@@ -230,6 +230,7 @@ def test_configs_compose_and_options_override(cli, capsys, tmp_path):
     assert found["a"]["options"] == {"width": 4}
 
 
+@pytest.mark.fault("an option or a class is misspelt", "the message says what may have been meant")
 @pytest.mark.parametrize(
     ("args", "meant"),
     [
@@ -285,6 +286,10 @@ def test_what_is_wrong_elsewhere_keeps_its_traceback(cli, tmp_path, monkeypatch)
         cli(tmp_path, "fit")
 
 
+@pytest.mark.fault(
+    "`--ckpt_path` names a file that is not a checkpoint",
+    "one sentence, no traceback, status 2",
+)
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken", b"\x80\x02."])
 def test_a_file_that_is_no_checkpoint(cli, capsys, tmp_path, content, subcommand):
@@ -293,6 +298,10 @@ def test_a_file_that_is_no_checkpoint(cli, capsys, tmp_path, content, subcommand
     assert "wrong.ckpt" in message
 
 
+@pytest.mark.fault(
+    "a file with weights to start from is not one",
+    "one sentence, no traceback, status 2",
+)
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
 def test_a_file_with_weights_that_is_none(cli, capsys, tmp_path, content):
     (tmp_path / "wrong.pt").write_bytes(content)
@@ -319,6 +328,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.fault("a checkpoint with a malicious pickle", "refused, nothing is unpickled")
 @pytest.mark.parametrize("place", ["whole", "state_dict", "hyper_parameters", "teamnet"])
 @pytest.mark.parametrize(
     "option",

@@ -231,6 +231,7 @@ def test_weights_in_a_local_file(tmp_path, caplog, suffix, num_classes, channels
     assert caplog.messages == ([said] if num_classes == 7 else [])
 
 
+@pytest.mark.fault("weights to start from are of another net", "an error that names file and names")
 def test_weights_of_another_width_are_refused(tmp_path):
     torch.save(CifarResNet(20, width=8).state_dict(), tmp_path / "weights.pth")
     config = BackboneConfig("cifar/resnet20", {"width": 4}, str(tmp_path / "weights.pth"))

@@ -29,6 +29,7 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
         assert "3 are allowed" in client.post("/predict", content=b"four").json()["error"]
 
 
+@pytest.mark.fault("the extra `serve` is not installed", "an error that names it")
 @pytest.mark.parametrize("name", ["uvicorn", "starlette", "prometheus_client"])
 def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:

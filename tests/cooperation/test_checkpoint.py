@@ -76,6 +76,10 @@ def plain(value) -> None:
             plain(inner)
 
 
+@pytest.mark.fault(
+    "the file with weights that training started from is gone",
+    "the checkpoint loads without it",
+)
 @pytest.mark.parametrize("member", ["leader", "a", "b"])
 def test_a_checkpoint_needs_no_file_that_the_team_started_from(tiny, tmp_path, member):
     start = tmp_path / "start.pt"

@@ -77,6 +77,7 @@ def test_standard_augmentation(on_disk, cls):
         assert flips == {1, -1}
 
 
+@pytest.mark.fault("files of CIFAR are missing", "an error that names the files and the folder")
 @pytest.mark.parametrize(
     ("cls", "folder", "name"),
     [
@@ -95,6 +96,10 @@ def test_missing_files(on_disk, cls, folder, name, call):
     assert f"{cls.__name__} isn't in {root / folder} (missing: {name})" in str(error.value)
 
 
+@pytest.mark.fault(
+    "a file of CIFAR is damaged (it is a pickle)",
+    "refused by its checksum, before it is unpickled",
+)
 @pytest.mark.parametrize(
     ("cls", "name"), [(CIFAR10, "cifar-10-batches-py/data_batch_2"), (SVHN, "train_32x32.mat")]
 )

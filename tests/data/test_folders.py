@@ -66,6 +66,10 @@ def test_tiny_imagenet_is_downloaded(on_disk, serve, tmp_path, monkeypatch):
         TinyImageNet(root=tmp_path / "new2").prepare_data()
 
 
+@pytest.mark.fault(
+    "an archive of ImageNet is damaged",
+    "refused by its checksum, nothing is unpacked",
+)
 def test_imagenet_is_unpacked_once_and_by_checksum(on_disk):
     data = prepared(on_disk, ImageNet, "fit")
     for path in data.root.glob("*.tar"):
@@ -93,6 +97,10 @@ def test_imagenet_of_other_classes(on_disk, monkeypatch):
         data.setup("fit")
 
 
+@pytest.mark.fault(
+    "files of ImageNet, Imagenette or Tiny ImageNet are missing",
+    "an error that names them and how to get them",
+)
 @pytest.mark.parametrize(
     ("cls", "names"),
     [

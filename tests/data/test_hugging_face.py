@@ -93,6 +93,7 @@ def test_labels_that_do_not_fit(on_disk, labels, kind, message):
         HuggingFace(path=str(root)).setup("fit")
 
 
+@pytest.mark.fault("a broken image in a Hugging Face dataset", "an error that names its row")
 def test_a_broken_image_is_named_by_its_row(on_disk):
     root = on_disk.parquet()
     path = root / "data/test-00000-of-00001.parquet"
@@ -112,6 +113,7 @@ def test_a_broken_image_is_named_by_its_row(on_disk):
         skipping.teardown("test")
 
 
+@pytest.mark.fault("a Hugging Face dataset that does not exist", "an error that names it")
 def test_no_such_dataset(on_disk, tmp_path, monkeypatch):
     on_disk.parquet()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

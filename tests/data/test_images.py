@@ -164,6 +164,10 @@ def image_folder(root, stage="fit", **kwargs):
     return data
 
 
+@pytest.mark.fault(
+    "a broken image among the training images",
+    "an error that names the file, from any worker",
+)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 1])  # after an error, torch waits 5 s for each
 def test_a_broken_image_is_named(folder, num_workers):
@@ -174,6 +178,10 @@ def test_a_broken_image_is_named(folder, num_workers):
         list(data.train_dataloader())
 
 
+@pytest.mark.fault(
+    "a broken image in the validation or test split",
+    "an error that names the file, before training",
+)
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_broken_image_is_named_before_training(folder, split):
     (path,) = replace(folder, b"broken", split, which=[5])
@@ -181,6 +189,7 @@ def test_a_broken_image_is_named_before_training(folder, split):
         image_folder(folder, "test" if split == "test" else "fit")
 
 
+@pytest.mark.fault("broken images, with `on_error: skip`", "left out, counted and listed in a file")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_broken_images_are_skipped_counted_and_listed(folder, num_workers, tmp_path, monkeypatch):
@@ -221,6 +230,7 @@ def test_a_broken_image_stands_in_the_way_of_predictions(folder):
         list(data.predict_dataloader())
 
 
+@pytest.mark.fault("no image can be read, with `on_error: skip`", "an error that names one")
 def test_nothing_but_broken_images(folder):
     replace(folder, b"broken", which=range(24))
     with pytest.raises(UnreadableImageError, match="png: cannot identify"):
@@ -263,6 +273,7 @@ def test_images_of_different_sizes(folder):
     assert image_folder(folder, image_size=20).input_shape == (3, 20, 20)
 
 
+@pytest.mark.fault("an image of another size than the others", "an error that names it")
 def test_a_size_that_shows_up_late_is_named(folder):
     data = image_folder(folder)
     other = stored(Image.fromarray(np.zeros((30, 50, 3), np.uint8))).getvalue()
@@ -368,6 +379,7 @@ def test_a_split_without_images(folder):
         image_folder(folder)
 
 
+@pytest.mark.fault("a data folder without class folders", "an error that names the folder")
 def test_no_class_folders(folder):
     for path in (folder / "train").iterdir():
         path.rename(folder / path.name)
@@ -381,6 +393,7 @@ def test_no_test_folder(folder):
         image_folder(folder, "test")
 
 
+@pytest.mark.fault("the data folder is missing", "one sentence, no traceback, status 2")
 def test_the_command_line_says_what_is_missing(cli, capsys, tmp_path):
     with pytest.raises(SystemExit):
         cli(tmp_path, "fit", "--data", "ImageFolder", "--data.root", tmp_path / "none")

@@ -272,6 +272,10 @@ def test_two_processes_share_evenly_without_loss(on_disk, record, tmp_path):
         assert len({image.numpy().tobytes() for image in torch.cat(batches)}) == 7
 
 
+@pytest.mark.fault(
+    "a broken image in a LitData folder",
+    "an error that names it, or skipped and counted",
+)
 def test_broken_images(on_disk):
     on_disk.litdata(
         [on_disk.png_and_label(i) if i != 17 else broken() for i in range(40)],
@@ -364,6 +368,10 @@ def test_sizes_that_differ(on_disk):
     assert images.shape == (3, 3, 16, 16)
 
 
+@pytest.mark.fault(
+    "a chunk or the index of a LitData folder is damaged",
+    "an error that names the file",
+)
 def test_damaged_files_are_named(on_disk):
     lit_data(on_disk)
     chunk = next((on_disk.folder / "val").glob("*.bin"))
@@ -466,6 +474,7 @@ def test_chunks_come_from_an_object_store_once(on_disk, serve, store, tmp_path, 
     assert len(whole) == len(set(whole)) == len(list(cache.rglob("*.bin"))) == 3
 
 
+@pytest.mark.fault("an object store lacks the data", "an error that names it")
 def test_what_a_store_has_not_is_named(on_disk, store, tmp_path):
     with pytest.raises(ValueError, match=r"s3://bucket/none can't be read by litdata: .*404"):
         lit_data(on_disk, train=f"{store}/none", cache_dir=str(tmp_path))

@@ -46,6 +46,7 @@ def test_download(on_disk, serve, tmp_path, monkeypatch):
         data.setup("test")
 
 
+@pytest.mark.fault("a file of MedMNIST is missing", "an error that names it")
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .missing: bloodmnist_128.npz"):
         MedMNIST(root=tmp_path, name="bloodmnist", size=128, download=False).prepare_data()
@@ -57,6 +58,10 @@ def test_what_is_not_for_classifiers_of_images(name):
         MedMNIST(name=name)
 
 
+@pytest.mark.fault(
+    "an optional library is not installed",
+    "one sentence that names the extra to install",
+)
 @pytest.mark.parametrize(
     ("module", "extra", "options"),
     [

@@ -202,6 +202,7 @@ def test_download(tmp_path, mirror):
     assert_holds_the_arrays(fashion(root))
 
 
+@pytest.mark.fault("a download fails", "an error that names the file and each source's reason")
 def test_failed_download_tells_what_was_missing_and_why(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(FileNotFoundError) as error:
@@ -216,6 +217,7 @@ def test_failed_download_tells_what_was_missing_and_why(tmp_path, mirror, monkey
         assert part in str(error.value)
 
 
+@pytest.mark.fault("a download is damaged", "refused by its checksum")
 def test_download_that_fails_its_checksum(tmp_path, mirror):
     (mirror / f"{LABELS['test']}.gz").write_bytes(b"something else")
     with pytest.raises(FileNotFoundError, match=r"download failed(.|\n)*corrupted"):
@@ -225,6 +227,7 @@ def test_download_that_fails_its_checksum(tmp_path, mirror):
 # Errors
 
 
+@pytest.mark.fault("files of MNIST are missing", "an error that names the files and the folder")
 @pytest.mark.parametrize("call", [FashionMNIST.prepare_data, lambda data: data.setup("fit")])
 def test_missing_files(tmp_path, mirror, call):
     write(tmp_path, LABELS["train"], b"", gz=True)
@@ -245,6 +248,7 @@ def test_missing_files(tmp_path, mirror, call):
 GOOD = idx(arrays("train")[0])
 
 
+@pytest.mark.fault("a file of MNIST is damaged", "an error that names the file")
 @pytest.mark.parametrize(
     ("content", "gz"),
     [
@@ -268,6 +272,7 @@ def test_damaged_images_are_named(tmp_path, content, gz):
         fashion(tmp_path)
 
 
+@pytest.mark.fault("a gzip file of MNIST is damaged or cut short", "an error that names the file")
 @pytest.mark.parametrize(
     "damage",
     [lambda gz: gz[:-9], lambda gz: b"no gzip", lambda gz: gz[:10] + b"\xff" + gz[11:]],

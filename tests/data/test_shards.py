@@ -145,6 +145,10 @@ def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
     assert found == {1, 2, 3, 4, 5, 6}
 
 
+@pytest.mark.fault(
+    "a broken image in a tar shard",
+    "an error that names shard and key, or skipped and counted",
+)
 def test_broken_images(on_disk):
     data = shards(on_disk)
     path = on_disk.folder / "val-1.tar"
@@ -163,6 +167,10 @@ def test_broken_images(on_disk):
     assert "val-1.tar, 0005.png: " in str(warned[0].message)
 
 
+@pytest.mark.fault(
+    "samples of a shard without an image or a label",
+    "an error that names them, before training",
+)
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -182,6 +190,7 @@ def test_samples_that_do_not_fit_are_named_before_training(on_disk, members, mes
         shards(on_disk, val=val)
 
 
+@pytest.mark.fault("a tar shard is cut short", "an error that names the shard")
 def test_a_cut_tar_is_named(on_disk):
     data = shards(on_disk)
     path = on_disk.folder / "val-1.tar"

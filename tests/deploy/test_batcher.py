@@ -162,6 +162,10 @@ def test_alone_it_is_never_refused():
     assert [answer.depth for answer in asyncio.run(main())] == ["d0", "d0"]
 
 
+@pytest.mark.fault(
+    "a queue holds requests that can no longer be in time",
+    "they are refused where others can be in time",
+)
 def test_who_is_late_gives_way_to_who_is_not():
     """The batch before took a second, not 2 ms."""
     machine = Machine()
@@ -193,6 +197,7 @@ def test_a_depth_of_ones_own_is_no_reason_to_be_late():
     assert isinstance(answer, OverloadedError)
 
 
+@pytest.mark.fault("a batch fails", "its requests fail; the next batch runs")
 def test_a_batch_that_fails_fails_alone():
     machine = Machine()
     answers = serve(machine, [(666, 100), (2, 900)], max_batch_size=1)
@@ -200,6 +205,7 @@ def test_a_batch_that_fails_fails_alone():
     assert int(answers[1].probabilities) == 2
 
 
+@pytest.mark.fault("a client disconnects while it waits", "the others are answered")
 def test_a_client_that_goes_takes_nobody_along():
     machine = Machine()
 

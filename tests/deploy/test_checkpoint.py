@@ -99,6 +99,10 @@ def test_a_server_names_the_class(fitted):
         assert client.get("/health").json()["classes"] == sorted(NAMES)
 
 
+@pytest.mark.fault(
+    "the training data are gone",
+    "profile and export work from the checkpoint alone",
+)
 def test_commands_do_without_the_data(cli, fitted, tmp_path):
     """Which is not there, nor is the folder of the run."""
     shutil.copy(fitted / CHECKPOINT, tmp_path / "team.ckpt")
@@ -150,6 +154,7 @@ def test_weights_alone(cli, fitted, tmp_path):
     assert Predictor.from_checkpoint(checkpoint).classes == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.fault("per_depth.json is not a report", "an error that names the file")
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"net": "a"}]', "[" * 5000])
 def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, content):
     shutil.copy(checkpoint, tmp_path / "team.ckpt")

@@ -141,6 +141,10 @@ def test_what_the_user_got_wrong_is_said_before_a_file_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "a library that an export needs is not installed",
+    "an error that names the extra, before a file is written",
+)
 @pytest.mark.parametrize(
     ("each", "library", "extra"),
     [

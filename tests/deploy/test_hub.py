@@ -127,6 +127,7 @@ class Bomb:
         return Path.touch, (Path("ran"),)
 
 
+@pytest.mark.fault("a Hub folder with a malicious pickle", "refused, nothing is unpickled")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_pickled_code_is_not_run(teammate, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -149,6 +150,7 @@ def test_flipped_bytes_are_noticed(teammate, tmp_path):
         Teammate.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault("a Hub folder's config has wrong values", "an error that names the value")
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
@@ -172,6 +174,7 @@ def test_config_with_wrong_values(teammate, tmp_path, entry, value, message):
         Teammate.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault("a Hub folder's weights lack some", "an error that names them")
 def test_weights_that_lack_some(teammate, tmp_path):
     from safetensors.torch import save_file
 
@@ -184,6 +187,7 @@ def test_weights_that_lack_some(teammate, tmp_path):
         Teammate.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault("a Hub folder's config names code", "refused, unless it is trusted")
 def test_config_runs_nothing(teammate, tmp_path, own_nets):
     teammate.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -213,6 +217,7 @@ def test_weights_to_start_from_are_not_looked_for(tmp_path):
     Teammate.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault("a Hub folder without config.json", "an error says so")
 def test_folder_without_config(teammate, tmp_path):
     teammate.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -248,6 +253,10 @@ def test_from_checkpoint(checkpoint, name):
     assert found.accuracy.keys() == {depth.name for depth in net.depths}
 
 
+@pytest.mark.fault(
+    "per_depth.json is of other weights than the checkpoint",
+    "its accuracies are not used",
+)
 def test_an_evaluation_of_other_weights_is_not_believed(checkpoint, tmp_path):
     report = (checkpoint.parent / "per_depth.json").read_text()
     (tmp_path / "per_depth.json").write_text(report)

@@ -196,6 +196,7 @@ def net(checkpoint):
     return Teammate.from_checkpoint(checkpoint, "b")
 
 
+@pytest.mark.fault("another process takes every other time slice", "the depth follows and stays")
 @given(st.floats(25, 60), st.integers(0, 99))
 @example(32.5, 3)
 @example(33.0, 3)
@@ -321,6 +322,7 @@ def test_budgets_that_make_no_sense(predictor, images, budgets, message):
         predictor.predict(images, **budgets)
 
 
+@pytest.mark.fault("a profile of another net or device", "an error says of which")
 def test_profile_of_another_net_or_device(checkpoint, profile):
     other = Profile("cuda", "a machine", 1, profile.rows)
     with pytest.raises(ValueError, match="taken on cuda, the net is on cpu"):
@@ -381,6 +383,7 @@ def test_no_checkpoint_of_a_team(checkpoint, tmp_path, missing, message):
         Teammate.from_checkpoint(edited(checkpoint, tmp_path, **{missing: None}))
 
 
+@pytest.mark.fault("a checkpoint whose weights do not fit its team", "an error that names the file")
 def test_weights_of_another_team(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)are not those of its team: .*Missing key"):
         Teammate.from_checkpoint(edited(checkpoint, tmp_path, state_dict={}))

@@ -90,6 +90,10 @@ def test_a_query_that_makes_no_sense(client, query, message):
     assert message in found.json()["error"]
 
 
+@pytest.mark.fault(
+    "a request's body is not an image, or a hostile one",
+    "400 with the reason; the server goes on",
+)
 def test_images_that_are_none(client, hostile):
     for data in hostile.values():
         found = client.post("/predict", content=data)
@@ -101,6 +105,7 @@ def test_images_that_are_none(client, hostile):
     assert client.post("/predict", content=png()).status_code == 200
 
 
+@pytest.mark.fault("a request's body or image is too large", "413 or 400, before it is decoded")
 def test_limits(predictor):
     size = len(png())
     with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
@@ -126,6 +131,7 @@ def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
     assert (len(body), size) == (90, 300)
 
 
+@pytest.mark.fault("many large images arrive at once", "decoded one for each core at a time")
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     server = Server(predictor, budget_ms=60_000)
@@ -183,6 +189,7 @@ def test_metrics(client, predictor):
     assert found["teamnet_load"] == pytest.approx(predictor.controller.load)
 
 
+@pytest.mark.fault("the thread that runs the net has died", "`/health` answers 503")
 def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
     async def run(_):
         raise RuntimeError
@@ -193,6 +200,7 @@ def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
     assert (found.status_code, found.json()["status"]) == (503, "failed")
 
 
+@pytest.mark.fault("the net fails on a batch", "500 for that batch; the server goes on")
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
 def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch, error):
     def run(*_):
@@ -209,6 +217,7 @@ def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypat
     assert samples(client)['teamnet_requests_total{status="500"}'] == 1
 
 
+@pytest.mark.fault("more requests than the shallowest depth keeps up with", "503 with Retry-After")
 def test_overload_is_said(client, monkeypatch):
     def refuse(*_):
         raise OverloadedError("too much")
@@ -240,6 +249,7 @@ def answer_to(app, receive):
     return sent[0]["status"], json.loads(sent[1]["body"])["error"]
 
 
+@pytest.mark.fault("a request's body does not come", "408 after ten seconds")
 def test_a_body_that_does_not_come(predictor, monkeypatch):
     monkeypatch.setattr(module, "READ_SECONDS", 0.05)
 
@@ -250,6 +260,7 @@ def test_a_body_that_does_not_come(predictor, monkeypatch):
     assert (status, error) == (408, "The body did not come in 0.05 s.")
 
 
+@pytest.mark.fault("a request's body ends too early", "400")
 def test_a_body_that_ends_too_early(predictor):
     messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
 
@@ -296,6 +307,7 @@ def process(checkpoint, tmp_path_factory):
         own.wait()
 
 
+@pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
 @pytest.mark.slow
 def test_a_process_lives_through_what_it_gets(process, hostile, team):
     port, own, log = process
@@ -334,6 +346,10 @@ def test_a_process_lives_through_what_it_gets(process, hostile, team):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.fault(
+    "a server is told to end (SIGTERM) within a request",
+    "it answers the request, then ends",
+)
 @pytest.mark.slow
 def test_a_process_answers_what_it_has_before_it_ends(process):
     """The last test of the process."""
