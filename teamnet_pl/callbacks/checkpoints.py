@@ -64,6 +64,7 @@ class BestCheckpoint(ModelCheckpoint):
             verbose=verbose,
             save_on_train_epoch_end=False,
         )
+        self._missing: str | None = None  # the best file of a run that was resumed
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a score is among the best ones."""
@@ -76,16 +77,18 @@ class BestCheckpoint(ModelCheckpoint):
         folder = self.dirpath
         kept = [path for path in state_dict["best_k_models"] if Path(path).is_file()]
         if len(kept) < len(state_dict["best_k_models"]):
-            rank_zero_warn(
-                f"The best checkpoint of the run so far, {state_dict['best_model_path']}, is not "
-                "there: the best of the epochs to come is kept instead."
-            )
+            self._missing = state_dict["best_model_path"]
             return
         super().load_state_dict(state_dict | {"dirpath": folder})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the files of the run before to the folder of this one."""
         super().on_train_start(trainer, pl_module)
+        if self._missing is not None:
+            rank_zero_warn(
+                f"The best checkpoint of the run so far, {self._missing}, is not there: the best "
+                "of the epochs to come is kept instead."
+            )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         copies = {path: self._copied(trainer, path) for path in self.best_k_models}

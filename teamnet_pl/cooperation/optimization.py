@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,24 @@ from timm.optim import (  # type: ignore[attr-defined]
     create_optimizer_v2,
     get_optimizer_info,
     list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
 )
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from teamnet_pl.elastic import ElasticNet
+
+_GROUPING = {
+    "fallback_list": "fallback_list",
+    "fallback_no_weight_decay": "fallback_no_weight_decay",
+    "filter_bias_and_bn": "weight_decay_exclude_1d",
+    "layer_decay": "layer_decay",
+    "layer_decay_min_scale": "min_scale",
+    "layer_decay_no_opt_scale": "no_opt_scale",
+}
+"""timm's options about groups of parameters, and their names where it makes those."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class OptimizerConfig:
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
             raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
-        self._create(nn.Linear(1, 1))  # so that wrong arguments are found now
+        self._create(nn.Linear(1, 1), self.options)  # so that wrong arguments are found now
 
     def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
         """Makes the optimiser of all parameters of a module that need a gradient.
@@ -67,9 +79,9 @@ class OptimizerConfig:
         group_of: dict[int, dict[str, Any]] = {}  # by parameter
 
         def add(part: nn.Module) -> None:
-            for group in self._create(part).param_groups:
+            for group in self._groups(part):
                 settings = {key: value for key, value in group.items() if key != "params"}
-                settings["lr"] *= settings.pop("lr_scale", 1.0)  # else only timm's schedules would
+                settings["lr"] = self.lr * settings.pop("lr_scale", 1.0)  # for other schedules
                 merged = groups.setdefault(
                     repr(sorted(settings.items())), settings | {"params": []}
                 )
@@ -80,11 +92,22 @@ class OptimizerConfig:
             add(part)
         if rest := self._add_copies(module, group_of):
             add(nn.ParameterList(rest))
-        optimizer = self._create(module)
-        optimizer.param_groups.clear()
-        for group in groups.values():
-            optimizer.add_param_group(group)
-        return optimizer
+        others = {key: value for key, value in self.options.items() if key not in _GROUPING}
+        return self._create(list(groups.values()), others)
+
+    def _groups(self, part: nn.Module) -> list[dict[str, Any]]:
+        """The parameters of one model, grouped as timm does."""
+        options = {_GROUPING[key]: value for key, value in self.options.items() if key in _GROUPING}
+        options |= {
+            "weight_decay": self.weight_decay,
+            "no_weight_decay_list": getattr(part, "no_weight_decay", set)(),
+        }
+        make: Callable[..., list[dict[str, Any]]] = param_groups_layer_decay
+        if options.get("layer_decay") is None:
+            make = param_groups_weight_decay
+            for name in ("layer_decay", "min_scale", "no_opt_scale"):
+                options.pop(name, None)
+        return make(part, **options)
 
     @staticmethod
     def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[nn.Parameter]:
@@ -107,8 +130,10 @@ class OptimizerConfig:
                 group_of[id(parameter)] = group
         return rest
 
-    def _create(self, module: nn.Module) -> Optimizer:
-        """Makes the optimiser of one model, as timm does."""
+    def _create(
+        self, parameters: nn.Module | list[dict[str, Any]], options: dict[str, Any]
+    ) -> Optimizer:
+        """Makes the optimiser of one model, or of groups of parameters, as timm does."""
         info = get_optimizer_info(self.name.lower())
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
@@ -116,12 +141,12 @@ class OptimizerConfig:
                 raise ValueError(f"The optimiser {self.name} has no option {option!r}.")
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                module,
+                parameters,
                 opt=self.name,
                 lr=self.lr,
                 weight_decay=self.weight_decay,
                 momentum=self.momentum,
-                **self.options,
+                **options,
             )
         except TypeError as error:
             raise ValueError(
