@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from errno import ENOENT
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -64,7 +65,6 @@ class BestCheckpoint(ModelCheckpoint):
             verbose=verbose,
             save_on_train_epoch_end=False,
         )
-        self._missing: str | None = None  # the best file of a run that was resumed
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a score is among the best ones."""
@@ -74,24 +74,22 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the score and the files of the run before, whatever its folder."""
-        folder = self.dirpath
-        kept = [path for path in state_dict["best_k_models"] if Path(path).is_file()]
-        if len(kept) < len(state_dict["best_k_models"]):
-            self._missing = state_dict["best_model_path"]
-            return
-        super().load_state_dict(state_dict | {"dirpath": folder})
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the files of the run before to the folder of this one."""
         super().on_train_start(trainer, pl_module)
-        if self._missing is not None:
-            rank_zero_warn(
-                f"The best checkpoint of the run so far, {self._missing}, is not there: the best "
-                "of the epochs to come is kept instead."
-            )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        copies = {path: self._copied(trainer, path) for path in self.best_k_models}
+        try:
+            copies = {path: self._copied(trainer, path) for path in self.best_k_models}
+        except FileNotFoundError as error:
+            rank_zero_warn(
+                f"The best checkpoint of the run before, {error.filename}, is not there: the best "
+                "of the epochs to come is kept instead."
+            )
+            self.best_k_models, self.best_model_path, self.best_model_score = {}, "", None
+            return
         self.best_k_models = {copies[path]: score for path, score in self.best_k_models.items()}
         self.best_model_path = copies.get(self.best_model_path, self.best_model_path)
         self.kth_best_model_path = copies.get(self.kth_best_model_path, self.kth_best_model_path)
@@ -100,9 +98,13 @@ class BestCheckpoint(ModelCheckpoint):
         target = Path(self.dirpath or "") / Path(path).name
         if target.absolute() == Path(path).absolute():
             return path
+        beside = Path(trainer.ckpt_path or path).with_name(Path(path).name)
+        source = next((file for file in (Path(path), beside) if file.is_file()), None)
+        if source is None:
+            raise FileNotFoundError(ENOENT, "There is no such file", path)
         if trainer.is_global_zero:
-            with open(path, "rb") as source, replacing(target) as copy:
-                shutil.copyfileobj(source, copy)
+            with open(source, "rb") as file, replacing(target) as copy:
+                shutil.copyfileobj(file, copy)
         return str(target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from teamnet_pl.elastic import ElasticNet
-
-_GROUPING = {
-    "fallback_list": "fallback_list",
-    "fallback_no_weight_decay": "fallback_no_weight_decay",
-    "filter_bias_and_bn": "weight_decay_exclude_1d",
-    "layer_decay": "layer_decay",
-    "layer_decay_min_scale": "min_scale",
-    "layer_decay_no_opt_scale": "no_opt_scale",
-}
-"""timm's options about groups of parameters, and their names where it makes those."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class OptimizerConfig:
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
             raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
-        self._create(nn.Linear(1, 1), self.options)  # so that wrong arguments are found now
+        self.create(nn.Linear(1, 1))  # so that wrong arguments are found now
 
     def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
         """Makes the optimiser of all parameters of a module that need a gradient.
@@ -75,76 +65,18 @@ class OptimizerConfig:
         Raises:
             ValueError: If the optimiser does not take the options or needs what is not here.
         """
-        groups: dict[str, dict[str, Any]] = {}  # by their settings
-        group_of: dict[int, dict[str, Any]] = {}  # by parameter
-
-        def add(part: nn.Module) -> None:
-            for group in self._groups(part):
-                settings = {key: value for key, value in group.items() if key != "params"}
-                settings["lr"] = self.lr * settings.pop("lr_scale", 1.0)  # for other schedules
-                merged = groups.setdefault(
-                    repr(sorted(settings.items())), settings | {"params": []}
-                )
-                merged["params"] += group["params"]
-                group_of.update({id(parameter): merged for parameter in group["params"]})
-
-        for part in [module] if backbones is None else backbones:
-            add(part)
-        if rest := self._add_copies(module, group_of):
-            add(nn.ParameterList(rest))
-        others = {key: value for key, value in self.options.items() if key not in _GROUPING}
-        return self._create(list(groups.values()), others)
-
-    def _groups(self, part: nn.Module) -> list[dict[str, Any]]:
-        """The parameters of one model, grouped as timm does."""
-        options = {_GROUPING[key]: value for key, value in self.options.items() if key in _GROUPING}
-        options |= {
-            "weight_decay": self.weight_decay,
-            "no_weight_decay_list": getattr(part, "no_weight_decay", set)(),
-        }
-        make: Callable[..., list[dict[str, Any]]] = param_groups_layer_decay
-        if options.get("layer_decay") is None:
-            make = param_groups_weight_decay
-            for name in ("layer_decay", "min_scale", "no_opt_scale"):
-                options.pop(name, None)
-        return make(part, **options)
-
-    @staticmethod
-    def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[nn.Parameter]:
-        """Adds copies of weights for single depths to the groups of those; returns what is left."""
-        originals = {
-            id(copied): id(original)
-            for net in module.modules()
-            if isinstance(net, ElasticNet)
-            for copied, original in net.copied_parameters()
-        }
-        rest = []
-        for parameter in module.parameters():
-            if not parameter.requires_grad or id(parameter) in group_of:
-                continue
-            group = group_of.get(originals.get(id(parameter), 0))
-            if group is None:
-                rest.append(parameter)
-            else:
-                group["params"].append(parameter)
-                group_of[id(parameter)] = group
-        return rest
-
-    def _create(
-        self, parameters: nn.Module | list[dict[str, Any]], options: dict[str, Any]
-    ) -> Optimizer:
-        """Makes the optimiser of one model, or of groups of parameters, as timm does."""
-        info = get_optimizer_info(self.name.lower())
+        info = get_optimizer_info(self.name.lower().rpartition("_")[2])
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
             if ignored.get(option):
                 raise ValueError(f"The optimiser {self.name} has no option {option!r}.")
+        grouping = {key: value for key, value in self.options.items() if key in _GROUPING}
+        options = {key: value for key, value in self.options.items() if key not in _GROUPING}
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                parameters,
+                self._groups(module, [module] if backbones is None else backbones, **grouping),
                 opt=self.name,
                 lr=self.lr,
-                weight_decay=self.weight_decay,
                 momentum=self.momentum,
                 **options,
             )
@@ -155,6 +87,81 @@ class OptimizerConfig:
         except AssertionError as error:  # of those from bitsandbytes and Apex
             raise ValueError(f"The optimiser {self.name} cannot run here: {error}.") from error
         return optimizer
+
+    def _groups(
+        self,
+        module: nn.Module,
+        backbones: Sequence[nn.Module],
+        filter_bias_and_bn: bool = True,
+        layer_decay: float | None = None,
+        layer_decay_min_scale: float = 0.0,
+        layer_decay_no_opt_scale: float | None = None,
+        **fallback: Any,
+    ) -> list[dict[str, Any]]:
+        """Groups of parameters as timm makes them of a whole model, those alike in one."""
+        groups: dict[str, dict[str, Any]] = {}  # by their settings
+        group_of: dict[int, dict[str, Any]] = {}  # by parameter
+
+        def add(part: nn.Module) -> None:
+            options = fallback | {
+                "weight_decay": self.weight_decay,
+                "weight_decay_exclude_1d": filter_bias_and_bn,
+                "no_weight_decay_list": getattr(part, "no_weight_decay", set)(),
+            }
+            if layer_decay is None:
+                made = param_groups_weight_decay(part, **options)
+            else:
+                options |= {"min_scale": layer_decay_min_scale, "layer_decay": layer_decay}
+                made = param_groups_layer_decay(
+                    part, no_opt_scale=layer_decay_no_opt_scale, **options
+                )
+            for group in made:
+                settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                # Of the rate, since only timm's own schedules know of the scale.
+                settings["lr"] = self.lr * settings.pop("lr_scale", 1.0)
+                merged = groups.setdefault(
+                    repr(sorted(settings.items())), settings | {"params": []}
+                )
+                merged["params"] += group["params"]
+                group_of.update({id(parameter): merged for parameter in group["params"]})
+
+        for backbone in backbones:
+            add(backbone)
+        if rest := _add_copies(module, group_of):
+            add(nn.ParameterList(rest))
+        return list(groups.values())
+
+
+_GROUPING = (
+    "filter_bias_and_bn",
+    "layer_decay",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "fallback_list",
+    "fallback_no_weight_decay",
+)
+"""Options of timm's groups of parameters."""
+
+
+def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[nn.Parameter]:
+    """Adds copies of weights for single depths to the groups of those; returns what is left."""
+    originals = {
+        id(copied): id(original)
+        for net in module.modules()
+        if isinstance(net, ElasticNet)
+        for copied, original in net.copied_parameters()
+    }
+    rest = []
+    for parameter in module.parameters():
+        if not parameter.requires_grad or id(parameter) in group_of:
+            continue
+        group = group_of.get(originals.get(id(parameter), 0))
+        if group is None:
+            rest.append(parameter)
+        else:
+            group["params"].append(parameter)
+            group_of[id(parameter)] = group
+    return rest
 
 
 @dataclass(frozen=True)

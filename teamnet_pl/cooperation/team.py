@@ -219,10 +219,12 @@ class Team(LightningModule):
         Raises:
             ValueError: If a weight is not finite.
         """
-        check_finite(checkpoint["state_dict"], f"The team after step {self.global_step}")
+        check_finite(
+            checkpoint["state_dict"], f"The team after step {checkpoint.get('global_step')}"
+        )
         checkpoint[RUN_KEY] = self.run | {"seed": self._run_seed}
         # A run that goes on from here does not log again what led here.
-        for logger in self.trainer.loggers:
+        for logger in self._trainer.loggers if self._trainer else []:
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -47,7 +48,12 @@ class EncodedImages(Dataset[tuple[Image.Image, int]]):
         labels: Class of each, shape (N,).
         channels: 3 for RGB, 1 for grey.
         size: Height and width that each must have; ``None`` if they may differ.
+
+    Attributes:
+        bits: How many bits of images with 16 hold values.
     """
+
+    bits = 16
 
     def __init__(
         self, labels: npt.ArrayLike, channels: int, size: tuple[int, int] | None = None
@@ -66,7 +72,7 @@ class EncodedImages(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """The image and its label; raises `UnreadableImageError`."""
         name, source = self.source(index)
-        image = read_image(name, source, self.channels)
+        image = read_image(name, source, self.channels, self.bits)
         check_size(name, (image.height, image.width), self.size)
         return image, int(self.labels[index])
 
@@ -125,6 +131,7 @@ def read_image(
     name: str,
     source: Path | BytesIO,
     channels: int,
+    bits: int = 16,
     max_pixels: int | None = None,
 ) -> Image.Image:
     """Decodes an image as :func:`upright` has it, the same to train and to predict.
@@ -133,6 +140,7 @@ def read_image(
         name: What to call it in an error.
         source: Its file or bytes, of which nothing is trusted.
         channels: 3 for RGB, 1 for grey.
+        bits: How many bits of an image with 16 hold values.
         max_pixels: Larger images are refused before they are decoded.
 
     Returns:
@@ -147,7 +155,7 @@ def read_image(
             width, height = opened.size
             if max_pixels is not None and width * height > max_pixels:
                 raise ValueError(f"it has {width}x{height} pixels, {max_pixels:,} are allowed")
-            return upright(opened, channels)
+            return upright(opened, channels, bits)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"{name}: not an image in one of the formats {', '.join(FORMATS)}."
@@ -156,26 +164,33 @@ def read_image(
         raise UnreadableImageError(f"{name}: {error}") from error
 
 
-def upright(image: Image.Image, channels: int) -> Image.Image:
+def upright(image: Image.Image, channels: int, bits: int = 16) -> Image.Image:
     """Brings an image to 8 bits in each of the wanted channels, the same to train and to predict.
 
     It is turned as its EXIF orientation says, colour becomes grey or grey colour (CMYK and palettes
-    too), transparency is left out, and of 16 bits the upper 8 are kept.
+    too), transparency is left out, and of 16 bits the upper 8 of those that hold values are kept.
 
     Args:
         image: Of any mode.
         channels: 3 for RGB, 1 for grey.
+        bits: How many bits of an image with 16 hold values, such as 12 of a camera's.
 
     Returns:
         An image of mode RGB or L.
 
     Raises:
-        ValueError: It is of 32-bit values.
+        ValueError: It is of 32-bit values, or has a value that takes more bits.
     """
     _check_mode(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if (largest := int(values.max())) >= 2**bits:
+            raise ValueError(
+                f"an image has the value {largest}, which takes more than {bits} bits: set bits to "
+                "the number of bits that hold values in all images"
+            )
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if image.mode == "P":  # Pillow warns of transparency in palettes that doesn't go by RGBA
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 else "RGB")
@@ -190,20 +205,56 @@ def _check_mode(image: Image.Image) -> None:
         )
 
 
-def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, int]]]:
-    """Opens up to 100 images, evenly spread, mostly without decoding them.
+def largest_value(source: Path | BytesIO) -> int | None:
+    """The largest value of an image with 16 bits; ``None`` for others and unreadable ones."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # which is raised when the image is read
+        return None
+
+
+def bits_for(largest: int | None) -> int:
+    """How many bits hold values up to the largest one, of those that cameras and scanners have.
+
+    Args:
+        largest: The largest value of images with 16 bits; ``None`` without such images.
+
+    Example:
+        >>> [bits_for(largest) for largest in (None, 200, 1023, 1024, 4095, 9000, 60000)]
+        [16, 8, 10, 12, 12, 14, 16]
+    """
+    if largest is None:
+        return 16
+    return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+
+
+class Survey(NamedTuple):
+    """What some images of a dataset have in common.
+
+    Attributes:
+        channels: 1 if all are grey, else 3.
+        sizes: Heights and widths.
+        largest: Largest value of those with 16 bits; ``None`` without such images.
+    """
+
+    channels: int
+    sizes: set[tuple[int, int]]
+    largest: int | None
+
+
+def survey(images: EncodedImages, on_error: str) -> Survey:
+    """Opens up to 100 images, evenly spread; only those with 16 bits are decoded.
 
     Args:
         images: What to look at.
         on_error: "skip" to pass over unreadable ones.
 
-    Returns:
-        The number of channels, 1 if all are grey, else 3; and their sizes (height, width).
-
     Raises:
-        UnreadableImageError: One is no image or of 32-bit values, or all are.
+        UnreadableImageError: One is not an image or of 32-bit values, or all are.
     """
     grey, sizes, problem = True, set(), None
+    values: list[int] = []
     count = min(len(images), _SURVEYED)
     for index in np.linspace(0, len(images) - 1, count).round().astype(int).tolist():
         name, source = images.source(index)
@@ -215,6 +266,8 @@ def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, in
                 check_size(name, size, images.size)
                 sizes.add(size)
                 grey &= image.mode in _GREY or (image.mode == "I")
+                if image.mode.startswith("I"):
+                    values.append(int(np.asarray(image).max()))
         except Exception as error:
             problem = (
                 error
@@ -225,7 +278,7 @@ def survey(images: EncodedImages, on_error: str) -> tuple[int, set[tuple[int, in
                 raise problem from error
     if problem and not sizes:
         raise problem
-    return 1 if grey else 3, sizes
+    return Survey(1 if grey else 3, sizes, max(values, default=None))
 
 
 class EncodedImageDataModule(ImageDataModule):
@@ -242,6 +295,8 @@ class EncodedImageDataModule(ImageDataModule):
             images, which must all be alike.
         statistics: What to normalise by: "imagenet", "data" to measure up to 1000 training images,
             or mean and standard deviation of each channel.
+        bits: How many bits of images with 16 hold values, such as 12; ``None`` to find out from the
+            training images. A value that takes more is an error.
         on_error: What to do about an image that can't be read: "raise" an error that names it, or
             "skip" it. In training the next one stands in for it, in validation and test it is left
             out, and ``predict`` raises in any case, as it has to answer for each image. At the end
@@ -263,12 +318,17 @@ class EncodedImageDataModule(ImageDataModule):
         *,
         image_size: int | None,
         statistics: Literal["imagenet", "data"] | Statistics = "imagenet",
+        bits: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}.")
+        if bits is not None and not 8 <= bits <= 16:
+            raise ValueError(f"bits must be in 8..16, got {bits}.")
+        self.given_bits = bits
+        self.bits = bits or 16
         self.image_size = image_size
         self.statistics = statistics
         if isinstance(statistics, Statistics):
@@ -284,7 +344,8 @@ class EncodedImageDataModule(ImageDataModule):
         Raises:
             ValueError: They differ in size, and there is no image size to bring them to.
         """
-        channels, sizes = survey(images, self.on_error)
+        channels, sizes, largest = survey(images, self.on_error)
+        self.find_bits(largest)
         if self.image_size is not None:
             sizes = {(self.image_size, self.image_size)}
         if len(sizes) > 1:
@@ -295,6 +356,21 @@ class EncodedImageDataModule(ImageDataModule):
         self.input_shape = (channels, *sizes.pop())
         if self.statistics != "data":
             self.set_statistics(None)
+
+    def find_bits(self, largest: int | None) -> None:
+        """Sets ``bits`` to what training images have, unless they are given.
+
+        Args:
+            largest: The largest value of those with 16 bits; ``None`` without such images.
+        """
+        if self.given_bits is not None or largest is None:
+            return
+        self.bits = bits_for(largest)
+        if self.bits < 16:
+            rank_zero_warn(
+                f"{type(self).__name__}: images with 16 bits hold values up to {largest}, so that "
+                f"{self.bits} bits are taken for the whole range. If that is wrong, set bits."
+            )
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -323,7 +399,7 @@ class EncodedImageDataModule(ImageDataModule):
         images = None
         if self.statistics == "data":
             in_use = stage in ("fit", "validate")
-            images = self.train_set.dataset if in_use else self.load_split("train")[0]
+            images = self.train_set.dataset if in_use else self._load_checked("train")[0]
         self.set_statistics(images)
 
     def set_statistics(self, images: Dataset[Any] | None) -> None:
@@ -365,7 +441,9 @@ class EncodedImageDataModule(ImageDataModule):
 
     def _load_checked(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
         dataset, labels = super()._load_checked(split)
-        survey(cast(EncodedImages, dataset), self.on_error)
+        images = cast(EncodedImages, dataset)
+        images.bits = self.bits
+        survey(images, self.on_error)
         return dataset, labels
 
     def _measured(self, images: Dataset[Any]) -> tuple[list[float], list[float]]:

@@ -18,6 +18,7 @@ from teamnet_pl.data.images import (
     EncodedImageDataModule,
     Statistics,
     check_size,
+    largest_value,
     read_image,
     upright,
 )
@@ -39,7 +40,12 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
         image_key: Where the image is in a sample that is a dict.
         label_key: Where the label is.
         cache_dir: Where to keep the chunks of an object store; ``None`` for litdata's own place.
+
+    Attributes:
+        bits: How many bits of images with 16 hold values.
     """
+
+    bits = 16
 
     def __init__(
         self,
@@ -79,6 +85,16 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
                 f"({type(label).__name__})."
             )
         return self._image(name, image), number
+
+    def largest_value(self) -> int | None:
+        """The largest value of the first images with 16 bits; ``None`` without such images."""
+        values = []
+        for index in range(min(16, self.chunk_sizes[0])):
+            name = f"{self.address}, sample {index}"
+            value, _ = self._pair(name, self._sample(name, index))
+            if isinstance(value, (bytes, memoryview)):
+                values.append(largest_value(BytesIO(value)))
+        return max((value for value in values if value is not None), default=None)
 
     def _reader(self) -> Any:
         """One for each process: its files and threads don't survive a fork."""
@@ -128,7 +144,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
 
     def _image(self, name: str, value: Any) -> Image.Image:
         if isinstance(value, (bytes, memoryview)):
-            image = read_image(name, BytesIO(value), self.channels)
+            image = read_image(name, BytesIO(value), self.channels, self.bits)
         else:
             image = upright(self._from_pixels(name, value), self.channels)
         check_size(name, (image.height, image.width), self.size)
@@ -270,7 +286,12 @@ class LitData(EncodedImageDataModule):
 
     def _load_checked(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
         # Without a survey, for which many chunks would be downloaded.
-        return super(EncodedImageDataModule, self)._load_checked(split)
+        images, labels = super(EncodedImageDataModule, self)._load_checked(split)
+        assert isinstance(images, ChunkedImages)
+        if self.given_bits is None and split == "train":
+            self.find_bits(images.largest_value())
+        images.bits = self.bits
+        return images, labels
 
     def _sampler(self) -> EpochSampler:
         images = self.train_set.dataset

@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.images import EncodedImageDataModule, Statistics, read_image
+from teamnet_pl.data.images import (
+    EncodedImageDataModule,
+    Statistics,
+    largest_value,
+    read_image,
+)
 from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
 from teamnet_pl.optional import require
 from teamnet_pl.randomness import seeded
@@ -38,6 +43,7 @@ class ShardStream(IterableDataset[Any]):
         shards: Files or addresses.
         num_classes: Number of classes.
         channels: 3 for RGB, 1 for grey.
+        bits: How many bits of images with 16 hold values.
         transform: Applied to each image.
         skipped: Where to note images that can't be read; ``None`` for an error.
         processes: Number of processes that share the shards.
@@ -49,6 +55,7 @@ class ShardStream(IterableDataset[Any]):
         shards: Sequence[str],
         num_classes: int,
         channels: int,
+        bits: int,
         transform: v2.Transform,
         skipped: Skipped | None,
         processes: int,
@@ -57,6 +64,7 @@ class ShardStream(IterableDataset[Any]):
         self.shards = shards
         self.num_classes = num_classes
         self.channels = channels
+        self.bits = bits
         self.transform = transform
         self.skipped = skipped
         self.processes = processes
@@ -86,7 +94,9 @@ class ShardStream(IterableDataset[Any]):
                 f"0..{self.num_classes - 1}, found {', '.join(found)} with class {label!r}."
             )
         try:
-            image = read_image(f"{name}.{ending}", BytesIO(sample[ending]), self.channels)
+            image = read_image(
+                f"{name}.{ending}", BytesIO(sample[ending]), self.channels, self.bits
+            )
         except UnreadableImageError as problem:
             if self.skipped is None:
                 raise
@@ -253,6 +263,8 @@ class Shards(EncodedImageDataModule):
         self.draw_seed()
         self.set_statistics(None)
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
+        if self.shards["train"] and self.given_bits is None and not self._missing("train"):
+            self.find_bits(_largest_value(self.shards["train"][0]))
         if stage in ("fit", "validate"):
             self.val_stream = self._stream("val", evaluation)
             self._stream("train", self._augmentation())
@@ -309,17 +321,21 @@ class Shards(EncodedImageDataModule):
             self.shards[split],
             self.num_classes,
             self.input_shape[0],
+            self.bits,
             transform,
             self.skipped,
             *self._processes(),
         )
 
+    def _missing(self, split: Split) -> list[str]:
+        """Shards that should be on a disk and are not."""
+        return [url for url in self.shards[split] if ":" not in url and not Path(url).is_file()]
+
     def _stream(self, split: Split, transform: v2.Transform) -> ShardStream:
         """The stream of a split, whose first image is right."""
         if not (shards := self.shards[split]):
             raise ValueError(f"There are no {split} shards: set {split}.")
-        missing = [url for url in shards if ":" not in url and not Path(url).is_file()]
-        if missing:
+        if missing := self._missing(split):
             raise FileNotFoundError(f"There are no {split} shards {', '.join(missing)}.")
         stream = ShardStream(*self._share(split, transform))
         first = next(stream.encoded(shards), None)
@@ -371,6 +387,17 @@ def _files(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
                 yield {"fname": member.name, "data": content.read(), "__url__": shard}
             archive.members = []  # type: ignore[attr-defined]  # they would pile up
     yield {}
+
+
+def _largest_value(shard: str) -> int | None:
+    """The largest value of the first images with 16 bits in a shard; ``None`` without such."""
+    values = [
+        largest_value(BytesIO(sample[ending]))
+        for sample in islice(_samples(shard), 16)
+        for ending in _IMAGES
+        if ending in sample
+    ]
+    return max((value for value in values if value is not None), default=None)
 
 
 def _worker() -> tuple[int, int]:

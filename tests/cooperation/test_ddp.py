@@ -156,7 +156,7 @@ def test_the_report_is_of_both_processes(runs):
 
 def test_each_process_writes_what_it_predicts(cli, runs, two_processes, tmp_path):
     checkpoint = shutil.copy(runs[0] / "checkpoints" / "last.ckpt", tmp_path)
-    options = ["--ckpt_path", checkpoint, "--trust_import", "true"]
+    options = ["--ckpt_path", checkpoint, "--trust_import", "true"]  # its nets are of our own
     cli(tmp_path, "predict", *options, tiny=False)
     two_processes(tmp_path, "predict", *options)
 

@@ -47,6 +47,49 @@ def test_sixteen_bits_keep_the_upper_eight(channels):
     np.testing.assert_array_equal(found.reshape(8, 8, -1)[..., 0], GREY)
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_sixteen_bits_of_which_fewer_hold_values(bits):
+    values = GREY.astype(np.uint16) * 2 ** (bits - 8) + 2 ** (bits - 8) - 1
+    image = stored(Image.fromarray(values))
+    np.testing.assert_array_equal(np.asarray(read_image("name", image, 1, bits)), GREY)
+
+
+def test_a_value_that_takes_more_bits_than_said():
+    values = np.full((8, 8), 1024, dtype=np.uint16)
+    assert read_image("name", stored(Image.fromarray(values)), 1, 11)
+    with pytest.raises(UnreadableImageError, match="value 1024, which takes more than 10 bits"):
+        read_image("name", stored(Image.fromarray(values)), 1, 10)
+
+
+def save_twelve_bits(root):
+    """Folders of images of 12 bits in files of 16."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 4)):
+        for label in range(2):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for index in range(count):
+                values = random.integers(2000 * label, 2000 * label + 2000, (8, 8), dtype=np.uint16)
+                values[0, 0] = 4000
+                Image.fromarray(values).save(folder / f"{index}.png")
+
+
+@pytest.mark.fault("files of 16 bits hold 12", "found out from the training images, and said")
+def test_bits_are_found_and_said(tmp_path):
+    save_twelve_bits(tmp_path)
+    with pytest.warns(UserWarning, match="values up to 4000, so that 12 bits are taken"):
+        data = ImageFolder(root=tmp_path, train_transform=[])
+    data.setup("fit")
+    assert data.bits == data.describe()["preprocessing"]["bits"] == 12
+    images, _ = next(iter(data.val_dataloader()))
+    assert images.unique().numel() > 100  # not 16 grey levels
+    assert images[:, 0, 0, 0].tolist() == [4000 >> 4] * len(images)
+    data = ImageFolder(root=tmp_path, train_transform=[], bits=16)
+    data.setup("fit")
+    images, _ = next(iter(data.val_dataloader()))
+    assert images.max() <= 15
+
+
 def test_cmyk_jpeg():
     """Red is neither cyan nor black; in JPEG, as in print."""
     cmyk = np.zeros((8, 8, 4), dtype=np.uint8)
