@@ -246,7 +246,9 @@ def mutate(draw: random.Random, content: dict[str, Any]) -> Any:
         elif action == "rename" and isinstance(holder, dict):
             holder[draw.choice([*TEXTS[:6], 1, None])] = holder.pop(key)
         else:
-            holder[key] = draw.choice([[holder[key]], {"value": holder[key]}, str(holder[key])[:99]])
+            holder[key] = draw.choice(
+                [[holder[key]], {"value": holder[key]}, str(holder[key])[:99]]
+            )
     return content
 
 

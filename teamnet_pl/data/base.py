@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 from torch import Tensor
@@ -94,6 +94,8 @@ class ImageDataModule(LightningDataModule, ABC):
         mean: Mean of each channel over the training split, for pixels in [0, 1].
         std: Standard deviation, likewise.
         has_val: Whether the dataset has a validation split of its own.
+        classes: Names of the classes, in the order of the labels, at the latest after ``setup``;
+            None if they have only numbers.
 
     Raises:
         ValueError: An argument is out of its range; in ``setup``, the data don't fit the arguments
@@ -105,6 +107,7 @@ class ImageDataModule(LightningDataModule, ABC):
     mean: Sequence[float]
     std: Sequence[float]
     has_val = False
+    classes: Sequence[str] | None = None
     bits = 16
     skipped: Skipped | None = None  # where images that can't be read are noted
 
@@ -191,8 +194,14 @@ class ImageDataModule(LightningDataModule, ABC):
         )
         return {
             "preprocessing": asdict(preprocessing),
-            "classes": list(getattr(self, "classes", map(str, range(self.num_classes)))),
+            "classes": [str(name) for name in self.classes or range(self.num_classes)],
         }
+
+    def val_source(self) -> str:
+        """Where the validation images come from, in words."""
+        if self.has_val and self.val_fraction is None:
+            return "the dataset's own validation split"
+        return f"a share of {self.val_fraction or 0.1:g} of the training split"
 
     def setup(self, stage: str) -> None:
         """Load and split what the stage needs (Lightning's hook)."""
@@ -200,6 +209,10 @@ class ImageDataModule(LightningDataModule, ABC):
         evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
         if stage in ("fit", "validate"):
             (train_data, train), (val_data, val) = self._train_and_val()
+            rank_zero_info(
+                f"{type(self).__name__}: {len(val):,} images for validation, from "
+                f"{self.val_source()}; {len(train):,} for training."
+            )
             self.train_set = self._served(train_data, train, self._augmentation())
             self.val_set = self._served(val_data, val, evaluation)
             self._check_shape(self.val_set, "the evaluation transform")

@@ -91,6 +91,7 @@ class CIFAR10(SmallPhotos):
     def read(self, split: Split) -> tuple[npt.NDArray[np.uint8], npt.ArrayLike]:
         """Images (N, 3, 32, 32) and labels by torchvision."""
         dataset = self.reader(self.root, train=split == "train")
+        self.classes = dataset.classes
         return dataset.data.transpose(0, 3, 1, 2), dataset.targets
 
 

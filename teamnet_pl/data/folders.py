@@ -1,11 +1,11 @@
 """Images in folders: ImageNet, Imagenette, Tiny-ImageNet and your own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from teamnet_pl.data.base import Split
@@ -23,16 +23,21 @@ def classes_in(folder: Path) -> list[str]:
         raise FileNotFoundError(
             f"There is no folder {folder}, which should hold a folder of images for each class."
         )
-    try:
-        return find_classes(folder)[0]  # type: ignore[no-any-return]
-    except FileNotFoundError as error:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _counts(entry))
+    if not classes:
         raise FileNotFoundError(
             f"{folder} should hold a folder of images for each class, but there is none in it."
-        ) from error
+        )
+    return classes
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file or folder is the user's, not one that a system or an editor left there."""
+    return not path.name.startswith(".") and path.name != "__MACOSX"
 
 
 def files_by_class(
-    folder: Path, classes: list[str], all_classes: bool = True
+    folder: Path, classes: Sequence[str], all_classes: bool = True
 ) -> tuple[list[str], list[int]]:
     """Image files and their labels.
 
@@ -54,11 +59,17 @@ def files_by_class(
             f"{', '.join(unknown)}."
         )
     labels = {name: label for label, name in enumerate(classes)}
+
+    def is_image(name: str) -> bool:
+        path = Path(name)
+        inside = (path, *path.parents[: len(path.relative_to(folder).parts) - 1])
+        return path.suffix.lower() in IMG_EXTENSIONS and all(map(_counts, inside))
+
     try:
-        found = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=not all_classes)
+        samples = make_dataset(folder, labels, is_valid_file=is_image, allow_empty=not all_classes)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder}: {error}") from error
-    return [path for path, _ in found], [label for _, label in found]
+    return [path for path, _ in samples], [label for _, label in samples]
 
 
 def check_count(folder: Path, images: list[str], expected: int) -> None:
@@ -79,16 +90,21 @@ def check_count(folder: Path, images: list[str], expected: int) -> None:
         )
 
 
+_VAL_NAMES = ("val", "valid", "validation", "dev")
+
+
 class ImageFolder(EncodedImageDataModule):
     """Your own images: a folder for each split, in it a folder for each class.
 
     Classes, channels and, without an ``image_size``, the resolution are those of the training
-    images. A split may lack a class, other than training.
+    images. A split may lack a class, other than training. Hidden files and folders, and
+    ``__MACOSX``, do not count.
 
     Args:
         root: Holds the splits.
         train: Name of the folder with the training images.
-        val: Name of the folder with the validation images. Where there is none, or with a
+        val: Name of the folder with the validation images; ``None`` for ``val``, ``valid``,
+            ``validation`` or ``dev``, whichever is there. Where there is none, or with a
             ``val_fraction``, they are cut from the training images.
         test: Name of the folder with the test images, only needed to test and predict.
         image_size: See :class:`EncodedImageDataModule`.
@@ -96,26 +112,41 @@ class ImageFolder(EncodedImageDataModule):
 
     Raises:
         FileNotFoundError: A folder is missing, or a class without image.
-        ValueError: Images differ in size, or one can't be read.
+        ValueError: Images differ in size, one can't be read, or there are several folders that
+            may be meant for validation.
     """
+
+    classes: Sequence[str]
 
     def __init__(
         self,
         *,
         root: str | Path,
         train: str = "train",
-        val: str = "val",
+        val: str | None = None,
         test: str = "test",
         image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(image_size=image_size, **kwargs)
         root = Path(root).expanduser()
+        names = [name for name in _VAL_NAMES if (root / name).is_dir()] if val is None else [val]
+        if len(names) > 1:
+            raise ValueError(
+                f"{root} has the folders {' and '.join(names)}: set val to the one with the "
+                "validation images."
+            )
+        val = names[0] if names else _VAL_NAMES[0]
         self.split_folders = {"train": root / train, "val": root / val, "test": root / test}
         self.has_val = self.split_folders["val"].is_dir()
         self.classes = classes_in(self.split_folders["train"])
         self.num_classes = len(self.classes)
         self.shape_from(ImageFiles(*self._files("train"), channels=3))
+
+    def val_source(self) -> str:
+        """Where the validation images come from, in words."""
+        own = self.has_val and self.val_fraction is None
+        return f"the folder {self.split_folders['val']}" if own else super().val_source()
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
         """Find the images of one split."""
@@ -177,6 +208,7 @@ class ImageNet(EncodedImageDataModule):
         classes = classes_in(folder)
         if len(classes) != self.num_classes:
             raise ValueError(f"{folder} has {len(classes)} folders, not {self.num_classes}.")
+        self.classes = classes
         paths, labels = files_by_class(folder, classes)
         check_count(folder, paths, self.images[split])
         return ImageFiles(paths, labels, channels=3), labels
@@ -225,7 +257,8 @@ class Imagenette(DownloadedImages, EncodedImageDataModule):
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
         """Find the images of one split, "train" or "test"."""
         folder = self.files()[self.names[0 if split == "train" else 1]]
-        paths, labels = files_by_class(folder, classes_in(folder))
+        self.classes = classes_in(folder)
+        paths, labels = files_by_class(folder, self.classes)
         check_count(folder, paths, self.images[split])
         return ImageFiles(paths, labels, channels=3), labels
 
@@ -271,7 +304,7 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
         """Find the images of one split, "train" or "test"."""
         train, folder, annotations = self.files().values()
-        classes = classes_in(train)
+        self.classes = classes = classes_in(train)
         if split == "train":
             paths, labels = files_by_class(train, classes)
             check_count(train, paths, self.images["train"])

@@ -119,9 +119,10 @@ class HuggingFace(EncodedImageDataModule):
         values = self._labels("train")
         self.texts: list[str] | None = None
         if isinstance(kind, library.ClassLabel):
+            self.classes = kind.names
             self.num_classes = kind.num_classes
         elif values.dtype.kind in "US":
-            self.texts = sorted(set(values.tolist()))
+            self.classes = self.texts = sorted(set(values.tolist()))
             self.num_classes = len(self.texts)
         elif values.dtype.kind in "iu" and values.ndim == 1:
             self.num_classes = int(values.max()) + 1

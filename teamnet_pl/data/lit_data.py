@@ -220,6 +220,7 @@ class LitData(EncodedImageDataModule):
 
     Args:
         num_classes: Number of classes.
+        classes: Their names, in the order of the labels; None if they have only numbers.
         train: Folder or address of the training images.
         val: Of the validation images.
         test: Of the test images, only needed to test and predict.
@@ -250,6 +251,7 @@ class LitData(EncodedImageDataModule):
         train: str,
         val: str,
         test: str | None = None,
+        classes: list[str] | None = None,
         channels: Literal[1, 3] = 3,
         image_size: int | None = None,
         image_key: str = "image",
@@ -268,6 +270,9 @@ class LitData(EncodedImageDataModule):
         )
         require("litdata", "litdata")
         self.num_classes = num_classes
+        self.classes = classes
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
         self.folders = {"train": train, "val": val, "test": test}
         self.keys = {"image_key": image_key, "label_key": label_key}
         self.cache_dir = cache_dir

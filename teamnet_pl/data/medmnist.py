@@ -55,7 +55,8 @@ class MedMNIST(DownloadedImages):
         self.suffix = "" if size == 28 else f"_{size}"
         self.names = (f"{name}{self.suffix}.npz",)
         channels = self.info["n_channels"]
-        self.num_classes = len(self.info["label"])
+        self.classes = [self.info["label"][str(label)] for label in range(len(self.info["label"]))]
+        self.num_classes = len(self.classes)
         self.input_shape = (channels, size, size)
         self.mean = self.std = (0.5,) * channels
 

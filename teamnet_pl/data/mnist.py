@@ -101,6 +101,8 @@ class FashionMNIST(MNIST):
         """Random crop after padding, and horizontal flip."""
         return [*super().default_train_transform(), v2.RandomHorizontalFlip()]
 
+    classes = datasets.FashionMNIST.classes
+
     def fetch(self) -> None:
         """Download the files by torchvision."""
         datasets.FashionMNIST(self.root, download=True)
@@ -139,7 +141,8 @@ class EMNIST(MNIST):
         super().__init__(**kwargs)
         self.variant = variant
         self.first = 1 if variant == "letters" else 0
-        self.num_classes = len(datasets.EMNIST.classes_split_dict[variant]) - self.first
+        self.classes = datasets.EMNIST.classes_split_dict[variant][self.first :]
+        self.num_classes = len(self.classes)
         self.names = tuple(
             f"emnist-{variant}-{part}-{kind}" for part in ("train", "test") for kind in _IDX
         )

@@ -204,6 +204,7 @@ class Shards(EncodedImageDataModule):
 
     Args:
         num_classes: Number of classes.
+        classes: Their names, in the order of the labels; None if they have only numbers.
         train_images: Images in an epoch; of each, only whole batches of all processes.
         train: The training shards.
         val: The validation shards.
@@ -231,6 +232,7 @@ class Shards(EncodedImageDataModule):
         train: str,
         val: str,
         test: str | None = None,
+        classes: list[str] | None = None,
         channels: Literal[1, 3] = 3,
         image_size: int = 224,
         buffer: int = 1000,
@@ -249,6 +251,9 @@ class Shards(EncodedImageDataModule):
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}.")
         self.num_classes = num_classes
+        self.classes = classes
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
         self.input_shape = (channels, image_size, image_size)
         self.train_images = train_images
         self.buffer = buffer

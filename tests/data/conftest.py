@@ -107,7 +107,7 @@ class OnDisk:
             batch = {"data": rows, key: (np.arange(count) % classes).tolist()}
             members[part] = pickle.dumps(batch, protocol=2)
         meta = reader.meta["filename"]
-        names = {reader.meta["key"]: [str(i) for i in range(classes)]}
+        names = {reader.meta["key"]: [f"class {i}" for i in range(classes)]}
         members[meta] = pickle.dumps(names, protocol=2)
         sums = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
         path = self.folder / archive

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl import data
 from teamnet_pl.data.loading import Draw
+from teamnet_pl.deploy.checkpoint import SavedTeam
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -32,6 +33,21 @@ CASES = {
     "random": ["--data.train_images", 100, "--data.test_images", 20],
     "shards": ["--data.num_classes", 3, "--data.train_images", 48, "--data.image_size", 24],
     "svhn": [],
+    "tiny_imagenet": [],
+}
+
+
+# The first ones, as the files or the datasets' authors call them.
+CLASSES = {
+    "cifar10": ["class 0", "class 1", "class 2"],
+    "cifar100": ["class 0", "class 1", "class 2"],
+    "emnist": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "A", "B"],
+    "fashion_mnist": ["T-shirt/top", "Trouser", "Pullover"],
+    "hugging_face": [],
+    "image_folder": [],
+    "imagenet": [],
+    "imagenette": [],
+    "medmnist": ["adipose", "background", "debris"],
     "tiny_imagenet": [],
 }
 
@@ -104,6 +120,12 @@ def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
     elif write := getattr(on_disk, name, None):
         options = ["--data.root", write(), "--data.val_fraction", 0.25, *options]
     train_and_test(cli, tmp_path, "--config", CONFIGS / f"{name}.yaml", *options)
+    checkpoint = tmp_path / "logs/version_0/checkpoints/best.ckpt"
+    classes = SavedTeam.read(checkpoint).classes
+    if name in CLASSES:
+        assert classes[: len(CLASSES[name])] == CLASSES[name]
+    else:
+        assert classes == [str(label) for label in range(len(classes))]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from teamnet_pl.data import ImageNet, Imagenette, TinyImageNet
+from teamnet_pl.data import Digits, ImageFolder, ImageNet, Imagenette, TinyImageNet
 
 
 def prepared(on_disk, cls, stage, **kwargs):
@@ -144,3 +147,44 @@ def test_the_recipe_crops_and_flips(on_disk, cls, least):
 def test_image_size_out_of_range():
     with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         ImageNet(image_size=0)
+
+
+@pytest.mark.fault("files that other systems leave behind", "not taken for classes or images")
+def test_hidden_files_and_folders_do_not_count(on_disk):
+    root = on_disk.image_folder()
+    expected = ImageFolder(root=root, image_size=32)
+    for split in ("train", "val", "test"):
+        name = expected.classes[0]
+        image = next((root / split / name).iterdir())
+        for folder in (".cache", ".ipynb_checkpoints", "__MACOSX", f"{name}/.ipynb_checkpoints"):
+            (root / split / folder).mkdir()
+            (root / split / folder / "copy.png").write_bytes(image.read_bytes())
+        (root / split / name / "._copy.png").write_bytes(b"of a Mac")
+        (root / split / name / ".DS_Store").write_bytes(b"of a Mac")
+        (root / split / name / "Thumbs.db").write_bytes(b"of Windows")
+    found = ImageFolder(root=root, image_size=32)
+    assert found.classes == expected.classes
+    for split in ("train", "val", "test"):
+        assert found.load_split(split)[1] == expected.load_split(split)[1]
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "dev"])
+def test_other_names_of_the_validation_folder(on_disk, name, caplog):
+    root = on_disk.image_folder()
+    (root / "val").rename(root / name)
+    data = ImageFolder(root=root, image_size=32)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    images, _ = data.load_split("val")
+    assert {Path(os.fsdecode(path)).parts[-3] for path in images.paths} == {name}
+    assert f"from the folder {root / name}" in caplog.text
+    (root / "val").mkdir()
+    with pytest.raises(ValueError, match=rf"has the folders val and {name}: set val"):
+        ImageFolder(root=root)
+    assert ImageFolder(root=root, val=name, image_size=32).has_val
+
+
+def test_the_source_of_the_validation_images_is_said(caplog):
+    with caplog.at_level("INFO"):
+        Digits(val_fraction=0.25).setup("fit")
+    assert "from a share of 0.25 of the training split" in caplog.text
