@@ -56,8 +56,8 @@ class PreprocessingConfig:
             )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, found {self.std}.")
-        if not 1 <= self.bits <= 16:
-            raise ValueError(f"bits must be in 1..16, found {self.bits}.")
+        if not 8 <= self.bits <= 16:
+            raise ValueError(f"bits must be in 8..16, found {self.bits}.")
 
     def transforms(self, trust: Trust) -> list[v2.Transform]:
         """Makes the transforms.

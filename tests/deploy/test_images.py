@@ -200,3 +200,18 @@ def test_large_is_said_before_it_is_decoded(hostile):
     with pytest.raises(ValueError, match="8x8 pixels, 63 are allowed"):
         read(encoded(Image.new("L", (8, 8))), max_pixels=63)
     assert read(encoded(Image.new("L", (8, 8))), max_pixels=64).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_files_of_16_bits_that_hold_fewer(bits, tmp_path):
+    """From a file, its content and a PIL image: the same values as of 8 bits."""
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 4
+    path = tmp_path / "deep.png"
+    Image.fromarray(values << (bits - 8)).save(path)
+    preprocessing = Preprocessing((1, 8, 8), [0.5], [0.5], bits=bits)
+    expected = preprocessing(values.astype(np.uint8))
+    with Image.open(path) as image:
+        for given in (path, path.read_bytes(), image):
+            assert torch.equal(preprocessing(given), expected)
+    with pytest.raises(ValueError, match="8x8 pixels, 63 are allowed"):
+        preprocessing(path, max_pixels=63)
