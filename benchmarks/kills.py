@@ -58,7 +58,7 @@ trainer:
   log_every_n_steps: 1
   max_epochs: 5
 report: {picture: false}
-checkpoint: {every_n_train_steps: STEPS}
+last: {every_n_train_steps: STEPS}
 """
 _CALLBACK = "--trainer.callbacks+="
 SETTINGS: dict[str, list[str]] = {
@@ -84,7 +84,7 @@ class Phases(Callback):
 
     def tell(self, phase: str) -> None:
         """Sends a phase, from the first process alone."""
-        if _PIPE in os.environ and "LOCAL_RANK" not in os.environ:
+        if _PIPE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(int(os.environ[_PIPE]), f"{phase}\n".encode())
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -237,14 +237,12 @@ def damage(path: Path) -> str | None:
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """How the end of a run differs from that of the one that was not killed."""
-    problems = []
     one, other = (newest(place) for place in (folder, reference))
     assert one is not None
     assert other is not None
     found, expected = load_checkpoint(one), load_checkpoint(other)
-    for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
-        if not same(found[key], expected[key]):
-            problems.append(f"{key} differs")
+    keys = ("state_dict", "optimizer_states", "global_step", "epoch")
+    problems = [f"{key} differs" for key in keys if not same(found[key], expected[key])]
     log: dict[tuple[int, str], str] = {}
     for version in versions(folder):
         own = rows(version)

@@ -120,3 +120,38 @@ def resume_epoch(trainer: Trainer, module: LightningModule) -> None:
     module.load_state_dict(state)
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+
+
+def unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
+    """The row of the log that a checkpoint comes before, if it is saved when a batch has ended.
+
+    Lightning logs the metrics of a batch after the callbacks' ``on_train_batch_end``. A run that
+    goes on from there would leave them out.
+
+    Args:
+        trainer: Saves a checkpoint.
+
+    Returns:
+        The row, for `log_row`; None if the log is complete.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    connector = trainer._logger_connector
+    processed: int = progress.processed  # type: ignore[attr-defined]
+    within_hook = trainer.training and processed > progress.completed
+    if not within_hook or trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+        return None
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return {"step": step, "metrics": metrics | {"epoch": trainer.current_epoch}}
+
+
+def log_row(trainer: Trainer, row: object) -> None:
+    """Logs what `unlogged_row` gave, in the run that goes on.
+
+    Args:
+        trainer: Goes on from a checkpoint.
+        row: The row; None for nothing to log.
+    """
+    if isinstance(row, Mapping) and isinstance(row.get("metrics"), Mapping):
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics=dict(row["metrics"]), step=row.get("step"))

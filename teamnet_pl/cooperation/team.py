@@ -34,7 +34,9 @@ from teamnet_pl.cooperation.resuming import (
     apply_options,
     check_resumable,
     drop_finders,
+    log_row,
     resume_epoch,
+    unlogged_row,
 )
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
@@ -156,6 +158,7 @@ class Team(LightningModule):
             has_leader=leader is not None,
         )
         self._run_seed = torch.initial_seed()
+        self._unlogged: object = None  # a row of the log that is due
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict(
@@ -223,8 +226,11 @@ class Team(LightningModule):
             checkpoint["state_dict"], f"The team after step {checkpoint.get('global_step')}"
         )
         checkpoint[RUN_KEY] = self.run | {"seed": self._run_seed}
+        if self._trainer is None:
+            return
+        checkpoint[RUN_KEY]["unlogged"] = unlogged_row(self._trainer)
         # A run that goes on from here does not log again what led here.
-        for logger in self._trainer.loggers if self._trainer else []:
+        for logger in self._trainer.loggers:
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -239,6 +245,7 @@ class Team(LightningModule):
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         check_resumable(checkpoint, self.hparams)
+        self._unlogged = self.run.pop("unlogged", None)
         if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
             apply_options(checkpoint, self.optimizer_config.create(self))
         done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -349,6 +356,8 @@ class Team(LightningModule):
     def on_train_start(self) -> None:
         """Starts the schedule, or goes on with it (Lightning's hook)."""
         resume_epoch(self.trainer, self)
+        log_row(self.trainer, self._unlogged)
+        self._unlogged = None
         self._steps = training_steps(self.trainer, self._epochs)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, StepSchedule):
