@@ -219,6 +219,20 @@ class FewDigits(Digits):
         super().__init__(train_size=keep, **kwargs)
 
 
+class PoisonedDigits(Digits):
+    """An image of the second training batch of the last process is NaN."""
+
+    batches = 0
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
+        if self.trainer.training:
+            self.batches += 1
+            if self.batches == 2 and self.trainer.global_rank == self.trainer.world_size - 1:
+                images[0] = float("nan")
+        return images, labels
+
+
 class Residual(nn.Module):
     def __init__(self, width):
         super().__init__()

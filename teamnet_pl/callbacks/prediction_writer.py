@@ -40,12 +40,14 @@ class PredictionWriter(BasePredictionWriter):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         with open(folder / f"predictions{rank}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            # A process may have no image.
-            writer.writerow(["index", *(predictions[0] if predictions else ())])
+            writer.writerow(["index", *predictions[0]])
             # Both are lists of batches; indices have one more level, for several dataloaders.
             for batch, indices in zip(predictions, batch_indices[0], strict=True):
+                images = [
+                    index for index in indices if index is not None
+                ]  # a process may have none
                 columns = [_named(probabilities, classes) for probabilities in batch.values()]
-                writer.writerows(zip(indices, *columns, strict=True))
+                writer.writerows(zip(images, *columns, strict=True))
 
 
 def _named(probabilities: Tensor, classes: Sequence[str] | None) -> list[str | int]:

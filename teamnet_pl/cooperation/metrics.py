@@ -35,7 +35,8 @@ class _OfAllImages(Metric):
         """
         self.images += len(preds)
         self.non_finite += (~preds.isfinite()).any(dim=-1).sum()
-        super().update(preds.nan_to_num(0, 0, 0), target)  # type: ignore[safe-super]
+        if len(preds):
+            super().update(preds.nan_to_num(0, 0, 0), target)  # type: ignore[safe-super]
 
     def compute(self) -> Tensor:
         """The value over all images so far, a scalar."""

@@ -135,6 +135,7 @@ class Team(LightningModule):
         self.label_smoothing = label_smoothing
         self.on_non_finite = on_non_finite
         self._step_is_lost = False  # since a term of its loss is not finite
+        self._lost_statistics: list[Tensor] = []  # of norms, as they were before
 
         self.leader: nn.Module | None = None
         self.leader_frozen = leader is not None and leader.frozen
@@ -382,8 +383,7 @@ class Team(LightningModule):
             name, value = next((n, v) for n, v in named if not math.isfinite(v))
             self._refuse_step(f"the term {name} of the loss is {value}")
             self._step_is_lost = True
-            for buffer, value in zip(self.buffers(), statistics, strict=True):
-                buffer.copy_(value)
+            self._lost_statistics = statistics
             return loss * torch.nan  # so that no gradient is finite
         self.log("train/loss", values[0], prog_bar=True)
         self.log("train/ramp", ramp)
@@ -399,6 +399,13 @@ class Team(LightningModule):
                 "(on_non_finite: skip)."
             )
         rank_zero_warn(f"Step {self.global_step} is skipped: {problem}.")
+
+    def on_after_backward(self) -> None:
+        """Takes back what a batch whose step is skipped did to the statistics of norms."""
+        if self._lost_statistics:
+            for buffer, value in zip(self.buffers(), self._lost_statistics, strict=True):
+                buffer.copy_(value)
+            self._lost_statistics = []
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuses gradients that are not finite; the same on all processes, as they are.
@@ -430,7 +437,14 @@ class Team(LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities of one batch by the member's name, each ``(N, num_classes)``."""
-        return self._probabilities(self(batch[0]))
+        return self._probabilities(self._evaluated_logits(batch[0]))
+
+    def _evaluated_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Runs all members, unless there is no image in a batch."""
+        if len(images):
+            return self(images)  # type: ignore[no-any-return]
+        # None of its images could be read, or only other processes have more of them.
+        return dict.fromkeys(self.members(), _single(images.new_zeros(0, self.num_classes)))
 
     def _probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds to the members' predictions the mean of the Teammates' deepest ones."""
@@ -442,12 +456,7 @@ class Team(LightningModule):
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
-        if len(target):
-            logits = self(images)
-        else:  # none of its images could be read, or other processes have more images
-            none = _single(images.new_zeros(0, self.num_classes))
-            logits = dict.fromkeys(self.members(), none)
-        for member, probabilities in self._probabilities(logits).items():
+        for member, probabilities in self._probabilities(self._evaluated_logits(images)).items():
             for name, metric in self._metrics(stage, member).items():
                 metric.update(probabilities, target)
                 self.log(f"{stage}/{name}/{member}", metric)

@@ -122,8 +122,6 @@ class ImageDataModule(LightningDataModule, ABC):
         cutmix_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        # Of fewer images than processes, some get none to predict.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if val_fraction is not None:

@@ -89,7 +89,8 @@ class EvaluationSampler(DistributedSampler[Any], SequentialSampler):
         num_replicas: Number of processes.
         rank: This process among them.
         even: Whether each process serves as many, those that lack an image a ``None``: where a
-            process waits for the others with each batch.
+            process waits for the others with each batch. Else only a process without any image
+            serves one ``None``.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class EvaluationSampler(DistributedSampler[Any], SequentialSampler):
         super().__init__(dataset, num_replicas, rank, shuffle=False)
         self.images = len(dataset)
         if not even:
-            self.num_samples = len(range(rank, self.images, num_replicas))
+            self.num_samples = max(1, len(range(rank, self.images, num_replicas)))
 
     def __iter__(self) -> Iterator[Any]:
         for place in range(self.num_samples):

@@ -9,10 +9,16 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from teamnet_pl.callbacks import PredictionWriter
+from teamnet_pl.cooperation import OptimizerConfig
 
 pytestmark = pytest.mark.slow
 
 BATCH = 16
+FILES = ["predictions.csv", "predictions-0.csv", "predictions-1.csv"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,82 @@ def test_metrics_of_every_depth_are_over_both_processes(runs):
         found.append({n: v for n, v in metrics.items() if n.startswith(("val/", "test/"))})
     assert len(found[0]) == 2 * (4 * 8 + 1)  # four metrics of eight members, and the mean
     assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_what_training_logs_is_the_mean_over_both_processes(runs):
+    logged = []
+    for folder in runs:
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+        logged.append(
+            [{n: float(v) for n, v in row.items() if n.startswith("train/")} for row in rows]
+        )
+    one, two = logged
+    assert len(one) == len(two) == 4
+    assert len(one[0]) > 15
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, abs=1e-4)
+
+
+def shortened(data, images):
+    """Has a data module evaluate on its first few images alone."""
+    load = data.load_split
+
+    def first(split):
+        dataset, labels = load(split)
+        if split == "test":
+            dataset, labels = Subset(dataset, range(images)), labels[:images]
+        return dataset, labels
+
+    data.load_split = first
+    setup = data.setup
+
+    def set_up(stage):
+        setup(stage)
+        if stage in ("fit", "validate"):
+            data.val_set.indices = data.val_set.indices[:images]
+
+    data.setup = set_up
+    return data
+
+
+@pytest.mark.parametrize("images", [35, 1])
+@pytest.mark.parametrize("split", ["fit", "val", "test"])
+def test_each_image_counts_once(tiny, tmp_path, images, split):
+    """Batches are of 8: one process has three and the other two, or one image and none."""
+    found = []
+    for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        team = tiny.team(a={"depths": 2}, b=None, optimizer=OptimizerConfig(lr=0.0))
+        data = shortened(tiny.digits(batch_size=8), images)
+        trainer = tiny.trainer(
+            tmp_path, limit_val_batches=1.0, limit_train_batches=1, precision="64-true", **options
+        )
+        if split == "fit":  # where each forward pass waits for the other process
+            team.leader.eval()
+            for module in team.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 0.0
+            trainer.fit(team, data)
+        else:
+            {"val": trainer.validate, "test": trainer.test}[split](team, data, verbose=False)
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "train" not in n}
+        assert len(metrics) == 4 * 3 + 1
+        found.append(metrics)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("images", [35, 1])
+def test_each_image_is_predicted_once(tiny, tmp_path, images):
+    for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
+        team = tiny.team(a={"depths": 2}, b=None)
+        data = shortened(tiny.digits(batch_size=8), images)
+        callbacks = [PredictionWriter()]
+        trainer = tiny.trainer(tmp_path, callbacks=callbacks, **options)
+        trainer.predict(team, data, return_predictions=False)
+    lines = {name: (tmp_path / name).read_text().splitlines() for name in FILES}
+    both = [line for name in FILES[1:] for line in lines[name][1:]]
+    assert sorted(both) == sorted(lines["predictions.csv"][1:])
+    assert len(both) == images
 
 
 def test_the_report_is_of_both_processes(runs):

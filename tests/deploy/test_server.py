@@ -25,6 +25,7 @@ from starlette.testclient import TestClient
 from teamnet_pl.deploy import Predictor
 from teamnet_pl.deploy import server as module
 from teamnet_pl.deploy.batcher import OverloadedError
+from teamnet_pl.deploy.predictor import NonFiniteError
 from teamnet_pl.deploy.server import Server
 
 
@@ -466,3 +467,19 @@ def test_a_process_answers_what_it_has_before_it_ends(process):
         connection.sendall(data)
         assert b" 200 " in connection.recv(4096).splitlines()[0]
     own.wait(60)
+
+
+def test_an_output_that_is_not_finite_is_an_error(client, predictor, monkeypatch):
+    assert client.get("/health").json()["status"] == "ok"
+    view = predictor._views["d4"]
+    broken = torch.nn.Sequential(view, torch.nn.Threshold(torch.inf, torch.nan))
+    monkeypatch.setitem(predictor._views, "d4", broken)
+    response = client.post("/predict?depth=d4", content=png())
+    assert response.status_code == 500
+    health = client.get("/health")
+    assert health.status_code == 503
+    assert health.json()["status"] == "the last output is not finite"
+    with pytest.raises(NonFiniteError, match="output at d4 is not finite"):
+        predictor.predict(png(), depth="d4")
+    assert client.post("/predict?depth=d7", content=png()).status_code == 200
+    assert client.get("/health").json()["status"] == "ok"
