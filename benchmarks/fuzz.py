@@ -156,7 +156,8 @@ class Canary:
     def _notice(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        bad = event in TRAPPED
+        # The address that the command line gives `serve`.
+        bad = event in TRAPPED and arguments[:2] != ("127.0.0.1", 0)
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             bad = not self._within(arguments[0], self._writable if writes else self._readable)
@@ -429,7 +430,8 @@ class Fuzzer:
     def outcome(self, entrance: str, mutation: str) -> tuple[str, str]:
         """What becomes of a case, and what was said."""
         call, file = self.entrances()[entrance]
-        named = {"per_depth": "per_depth.json"}.get(mutation.split(",")[0], file)
+        kind = mutation.split(",")[0]  # "the profile" is the one that was given
+        named = {"per_depth": "per_depth.json", "profile": "profile"}.get(kind, file)
         signal.setitimer(signal.ITIMER_REAL, self.limit_s)
         try:
             with self.canary.watch():
@@ -438,6 +440,8 @@ class Fuzzer:
             message = message.rpartition("error: ")[2] if outcome == "refused" else ""
         except SENTENCES as error:
             outcome, message = "refused", str(error)
+            if entrance.startswith("teamnet"):
+                outcome = "traceback"
         except BaseException as error:
             outcome, message = type(error).__name__, f"{error}"
         finally:

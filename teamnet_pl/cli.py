@@ -49,7 +49,13 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class TeamArgumentParser(LightningArgumentParser):
-    """Says what may have been meant where a name is not known."""
+    """Says what may have been meant where a name is not known.
+
+    Attributes:
+        checkpoint: The file that brought values which the command line does not have.
+    """
+
+    checkpoint: str | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with what may have been meant, and exits."""
@@ -58,6 +64,8 @@ class TeamArgumentParser(LightningArgumentParser):
         for name in dict.fromkeys(names):
             if close := difflib.get_close_matches(name, set(self._names()), n=3):
                 message += f"\n{name!r} is not known. Did you mean {' or '.join(close)}?"
+        if self.checkpoint is not None and self.checkpoint not in message:
+            message += f"\nThe values that are not given come from {self.checkpoint}."
         super().error(message, ex)
 
     def _names(self) -> Iterable[str]:
@@ -106,9 +114,13 @@ class TeamCLI(LightningCLI):
             super().parse_arguments(parser, args)
             return
         try:
-            words = _with_checkpointed_config(sys.argv[1:] if args is None else args)
+            given = sys.argv[1:] if args is None else args
+            words = _with_checkpointed_config(given)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
+        if words is not given:
+            for one in (parser, *self._subcommand_parsers.values()):
+                one.checkpoint = str(_given(words)["ckpt_path"])
         self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
@@ -145,9 +157,17 @@ class TeamCLI(LightningCLI):
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
         except (OSError, ValueError) as error:
-            if not _raised_in(error, "teamnet_pl"):
+            if not _raised_in(error, "teamnet_pl") and not _restores(error):
                 raise
             self._parser(subcommand).error(str(error))
+        except Exception as error:
+            if not _restores(error):
+                raise
+            path = self._parser(subcommand).checkpoint
+            self._parser(subcommand).error(
+                f"{path} does not hold what a run goes on from, or is damaged "
+                f"({type(error).__name__}): {error}"
+            )
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""
@@ -161,6 +181,12 @@ class TeamCLI(LightningCLI):
 def _raised_in(error: BaseException, package: str) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).startswith(package)
+
+
+def _restores(error: BaseException) -> bool:
+    """Whether an error was raised while Lightning took a run's state from a checkpoint."""
+    modules = {frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
 
 
 def _with_checkpointed_config(args: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ the same value.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -20,6 +21,28 @@ _TRANSFORM_CLASS = re.compile(r"torchvision\.transforms\.v2\.[A-Za-z]\w*")
 _TRANSFORM_FIELDS = ("train_transform", "extra_transform")
 _WORD = re.compile(r"[\w-]*")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of a path on Windows
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Has each error name the file whose values are being used.
+
+    Args:
+        source: The file.
+
+    Raises:
+        ValueError: Instead of any other error, since constructors raise whatever their arguments
+            make them raise.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError | ValueError) and str(source) in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
+        raise ValueError(f"{source} cannot be used{kind}: {error}") from error
 
 
 class Trust:

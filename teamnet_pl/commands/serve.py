@@ -43,27 +43,28 @@ def serve_teammate(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint of a team or has no such Teammate or depth, there is no
-            such device, the profile is of another net, or a number is not positive.
+        ValueError: If it is not a checkpoint of a team or has no such Teammate or depth, there is
+            no such device, the profile is of another net, a number is not positive, or the address
+            cannot be listened at.
         ModuleNotFoundError: If the extra ``serve`` is not installed.
     """
-    uvicorn = require("uvicorn", "serve")
     server = require("teamnet_pl.deploy.server", "serve")
-    predictor = Predictor.from_checkpoint(
-        ckpt_path,
-        teammate,
-        device=device,
-        profile=profile,
-        depths=depths,
-        batch_sizes=(1, max_batch_size),
-        trust_import=trust_import,
-    )
-    endpoints = server.Server(
-        predictor,
-        budget_ms=budget_ms,
-        max_batch_size=max_batch_size,
-        max_body_bytes=max_body_bytes,
-        max_pixels=max_pixels,
-    )
-    # Of those that are connected at once, each may have a body in memory.
-    uvicorn.run(endpoints.app(), host=host, port=port, access_log=False, limit_concurrency=512)
+    # First of all, or it would be found too late that the address cannot be had.
+    with server.listen(host, port) as taken:
+        predictor = Predictor.from_checkpoint(
+            ckpt_path,
+            teammate,
+            device=device,
+            profile=profile,
+            depths=depths,
+            batch_sizes=(1, max_batch_size),
+            trust_import=trust_import,
+        )
+        endpoints = server.Server(
+            predictor,
+            budget_ms=budget_ms,
+            max_batch_size=max_batch_size,
+            max_body_bytes=max_body_bytes,
+            max_pixels=max_pixels,
+        )
+        server.run(endpoints.app(), taken)

@@ -41,7 +41,7 @@ from teamnet_pl.cooperation.resuming import (
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.randomness import seeded
-from teamnet_pl.trust import Trust
+from teamnet_pl.trust import Trust, naming
 
 Stage = Literal["val", "test"]
 
@@ -197,8 +197,9 @@ class Team(LightningModule):
         values, weights = team_content(checkpoint_path, checkpoint)
         values = {name: value for name, value in values.items() if name not in kwargs}
         trust = Trust(checkpoint_path, trust_import)
-        team = cls(**restore_arguments(cls, values, trust) | kwargs)
-        team.on_load_checkpoint(checkpoint)
+        with naming(checkpoint_path):
+            team = cls(**restore_arguments(cls, values, trust) | kwargs)
+            team.on_load_checkpoint(checkpoint)
         load_weights(team, weights, checkpoint_path, strict)
         device = next((tensor.device for tensor in weights.values()), None)
         return team.to(device)

@@ -17,7 +17,7 @@ from teamnet_pl.cooperation.team import RUN_KEY, Team, team_content
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.settings import check_settings
-from teamnet_pl.trust import Trust
+from teamnet_pl.trust import Trust, naming
 
 
 def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
@@ -37,7 +37,8 @@ def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
         trust.check_transforms("preprocessing.transform", transform)
         values = {name: value for name, value in values.items() if name != "transform"}
     config = restore_config(PreprocessingConfig, "preprocessing", values, trust)
-    return replace(config, transform=transform)
+    with naming(trust.source):
+        return replace(config, transform=transform)
 
 
 def check_classes(source: object, classes: object, num_classes: int) -> None:

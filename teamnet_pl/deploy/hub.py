@@ -18,7 +18,7 @@ from teamnet_pl.cooperation.team import check_task, load_weights
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs
-from teamnet_pl.trust import Trust
+from teamnet_pl.trust import Trust, naming
 
 CARD = """\
 ---
@@ -183,15 +183,16 @@ class Teammate(
             names = ", ".join(mate for mate in ("a", "b") if values[mate])
             raise ValueError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
         accuracy, split = saved.accuracies(name)
-        teammate = cls(
-            values["num_classes"],
-            values["input_shape"],
-            restore_member(TeammateConfig, f"model.{name}", values[name], saved.trust),
-            preprocessing=saved.preprocessing,
-            classes=saved.classes,
-            accuracy=accuracy,
-            split=split,
-        )
+        with naming(saved.path):
+            teammate = cls(
+                values["num_classes"],
+                values["input_shape"],
+                restore_member(TeammateConfig, f"model.{name}", values[name], saved.trust),
+                preprocessing=saved.preprocessing,
+                classes=saved.classes,
+                accuracy=accuracy,
+                split=split,
+            )
         prefix = f"teammates.{name}."
         weights = {
             key.removeprefix(prefix): weight
@@ -201,9 +202,13 @@ class Teammate(
         load_weights(teammate, weights, saved.path)
         check_finite(weights, saved.path)
         try:
+            if torch.device(device).type == "meta":
+                raise RuntimeError("tensors there have no values")
             return teammate.eval().to(device)
-        except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
-            raise ValueError(f"The net cannot be put on {device}: {error}") from error
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            # The first from a torch without CUDA; torch explains at length where else it runs.
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"The net cannot be put on {str(device)!r}: {reason}") from error
 
     def records(self) -> list[DepthRecord]:
         """What is known of each depth, the deepest first."""
@@ -271,14 +276,10 @@ class Teammate(
             ValueError: If the config or the weights are missing, damaged, not finite or do not fit
                 each other, or the config names what is not trusted.
         """
-        try:
+        with naming(pretrained_model_name_or_path):
             teammate: Teammate = super().from_pretrained(
                 pretrained_model_name_or_path, trust_import=trust_import, **kwargs
             )
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold a Teammate, or is damaged: {error}"
-            ) from error
         return teammate
 
     @classmethod

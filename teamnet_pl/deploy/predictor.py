@@ -19,7 +19,7 @@ from teamnet_pl.deploy.images import Images, Preprocessing
 from teamnet_pl.deploy.profile import Profile, profile_depths, run_timed
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
-from teamnet_pl.trust import Trust
+from teamnet_pl.trust import Trust, naming
 
 CALIBRATION_RUNS = 10
 """Runs of each depth that tell its latency where no profile does."""
@@ -192,9 +192,11 @@ class Predictor:
                 "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
                 "own."
             )
+        with naming(path):
+            preprocessing = Preprocessing.from_config(net.preprocessing, Trust(path, trust_import))
         return cls(
             net,
-            Preprocessing.from_config(net.preprocessing, Trust(path, trust_import)),
+            preprocessing,
             classes=net.classes,
             profile=profile,
             depths=depths,

@@ -123,18 +123,42 @@ class Profile:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no profile.
+            ValueError: If it is not a profile.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}. `teamnet profile` writes a profile.")
         try:
-            found = json.loads(Path(path).read_text())
-            rows = [ProfileRow(**row) for row in found.pop("rows")]
-            return cls(rows=rows, **found)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            values = json.loads(Path(path).read_text())
+            rows = [ProfileRow(**row) for row in values.pop("rows")]
+            for row in rows:
+                _check(row)
+            profile = cls(rows=rows, **values)
+            texts = [profile.device, profile.machine, profile.split or ""]
+            if not rows or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"rows, device, machine and split do not fit, found {values}")
+            return profile
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no profile of `teamnet profile`: {error}. Profile the net anew."
+                f"{path} is not a profile of `teamnet profile`: {error}. Profile the net anew."
             ) from error
+
+
+def _check(row: ProfileRow) -> None:
+    """Checks the types and ranges of a row that comes from a file."""
+    if not isinstance(row.depth, str):
+        raise ValueError(f"depth must be a text, found {row.depth!r}")
+    counts = [row.macs, row.parameters, row.peak_bytes, row.batch_size]
+    if not isinstance(row.blocks_per_stage, list) or any(
+        type(count) is not int or not 0 <= count < 2**63 for count in counts + row.blocks_per_stage
+    ):
+        raise ValueError(f"counts must be whole numbers of at least 0, found {row}")
+    times = [row.median_ms, row.p95_ms]
+    if any(type(ms) not in (int, float) or not 0 < ms < 1e12 for ms in times):
+        raise ValueError(f"times must be positive numbers, found {times}")
+    if row.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {row.batch_size}")
+    if row.accuracy is not None and type(row.accuracy) not in (int, float):
+        raise ValueError(f"accuracy must be a number, found {row.accuracy!r}")
 
 
 @torch.inference_mode()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import h11
+import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -22,6 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from teamnet_pl.deploy.batcher import Answer, Batcher, OverloadedError
 from teamnet_pl.deploy.images import MAX_PIXELS
@@ -31,6 +35,10 @@ Number = TypeVar("Number", int, float)
 
 READ_SECONDS = 10
 """Seconds in which a request's body has to come."""
+HEADER_SECONDS = 10
+"""Seconds in which a request's headers have to come."""
+MAX_REQUESTS = 512
+"""Requests to predict at once: each may have a body in memory."""
 LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 """Buckets of the latency histogram, in seconds."""
 
@@ -111,6 +119,7 @@ class Server:
         self.batcher = Batcher(predictor, max_batch_size)
         self.metrics = Metrics(predictor, self.batcher)
         # Decoding more images at once than there are cores takes memory and saves no time.
+        self._requests = 0
         self._decoding = asyncio.Semaphore(os.cpu_count() or 1)
 
     def app(self) -> Starlette:
@@ -133,7 +142,10 @@ class Server:
 
     async def predict(self, request: Request) -> Response:
         """Predicts the class of the image in the body."""
+        self._requests += 1
         try:
+            if self._requests > MAX_REQUESTS:
+                raise OverloadedError(f"The server has {MAX_REQUESTS} requests already.")
             response = await self._predict(request)
         except OverloadedError as error:
             self.metrics.requests.labels(503).inc()
@@ -144,6 +156,8 @@ class Server:
         except Exception:
             self.metrics.requests.labels(500).inc()
             raise
+        finally:
+            self._requests -= 1
         self.metrics.requests.labels(200).inc()
         return response
 
@@ -250,3 +264,86 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "The server failed; its log says how."}, 500)
+
+
+class SlowHeadersProtocol(H11Protocol):
+    """Closes connections whose request's headers do not come in time.
+
+    Uvicorn itself has a time limit only for the first byte of a connection's later requests.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the time for the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes bytes; the time goes on until the headers are whole."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the time."""
+        super().connection_lost(exc)
+        self._watch()
+
+    def _watch(self) -> None:
+        waits = not self.transport.is_closing() and self.conn.their_state is h11.IDLE
+        if waits and self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self._close)
+        elif not waits and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _close(self) -> None:
+        self._deadline = None
+        self.transport.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes an address for a server.
+
+    Args:
+        host: Name or number of an interface of this machine.
+        port: Port; 0 for a free one.
+
+    Raises:
+        ValueError: If there is no such host or port, or it is not free or not allowed.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be in 0..65535, found {port}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"The host {host!r} cannot be found: {error}.") from error
+    try:
+        if os.name == "posix":  # or the port stays taken for a while after a server has ended
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+        taken.listen(2048)
+    except OSError as error:
+        taken.close()
+        raise ValueError(
+            f"The server cannot listen at {host}, port {port}: {error.strerror}. Give another "
+            "--port (0 for a free one) or --host."
+        ) from error
+    return taken
+
+
+def run(app: Starlette, taken: socket.socket) -> None:
+    """Serves an application until the process is told to end.
+
+    Args:
+        app: The application.
+        taken: Listens already.
+    """
+    host, port = taken.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(app, http=SlowHeadersProtocol, ws="none", access_log=False)
+    uvicorn.config.logger.info("Uvicorn running on http://%s:%d", place, port)
+    uvicorn.Server(config).run([taken])

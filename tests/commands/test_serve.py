@@ -1,3 +1,4 @@
+import socket
 import sys
 
 import pytest
@@ -10,7 +11,13 @@ from teamnet_pl.deploy import Predictor
 
 def test_options_reach_the_server(checkpoint, monkeypatch):
     started = {}
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options, app=app))
+
+    def run(app, taken):
+        started.update(app=app, address=taken.getsockname())
+
+    monkeypatch.setattr("teamnet_pl.deploy.server.run", run)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     make, options = Predictor.from_checkpoint, {}
 
     def from_checkpoint(*args, **kwargs):
@@ -18,10 +25,10 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
         return make(*args, **kwargs)
 
     monkeypatch.setattr(Predictor, "from_checkpoint", from_checkpoint)
-    words = ["--depths", '["d4","d0"]', "--budget_ms", 250, "--port", 99, "--max_body_bytes", 3]
+    words = ["--depths", '["d4","d0"]', "--budget_ms", 250, "--port", port, "--max_body_bytes", 3]
     words += ["--max_batch_size", 5]
     main(["serve", "--ckpt_path", str(checkpoint), *map(str, words)])
-    assert (started["host"], started["port"]) == ("127.0.0.1", 99)
+    assert started["address"] == ("127.0.0.1", port)
     assert options["batch_sizes"] == (1, 5)
     with TestClient(started["app"]) as client:
         found = client.get("/health").json()
@@ -38,3 +45,36 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
     monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.server")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'teamnet_pl\[serve\]'"):
         serve_teammate(str(checkpoint))
+
+
+@pytest.mark.fault("the port is taken, or there is no such host", "one sentence, status 2")
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", None, "cannot listen at 127.0.0.1, port {port}: Address already in use"),
+        ("127.0.0.1", 65536, "port must be in 0..65535, found 65536"),
+        ("127.0.0.1", -1, "port must be in 0..65535, found -1"),
+        ("host.invalid", 0, "The host 'host.invalid' cannot be found"),
+        ("a" * 64, 0, "cannot be found"),
+        ("192.0.2.1", 0, "cannot listen at 192.0.2.1, port 0: Cannot assign"),
+    ],
+)
+def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
+    """Found before the checkpoint is read, which is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if port is None else port
+        with pytest.raises(SystemExit) as ending:
+            main(["serve", "--ckpt_path", str(tmp_path), "--host", host, "--port", str(port)])
+    assert ending.value.code == 2
+    assert message.format(port=port) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.fault("a device that this machine does not have", "one sentence, status 2")
+@pytest.mark.parametrize("command", ["serve", "profile"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps:7", ""])
+def test_a_device_that_cannot_be_had(checkpoint, capsys, device, command):
+    port = ["--port", "0"] if command == "serve" else []
+    with pytest.raises(SystemExit) as ending:
+        main([command, "--ckpt_path", str(checkpoint), "--device", device, *port])
+    assert ending.value.code == 2
+    assert f"The net cannot be put on {device!r}" in " ".join(capsys.readouterr().err.split())

@@ -1,6 +1,7 @@
 """The endpoints, and a server process that gets what it may get."""
 
 import asyncio
+import contextlib
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -283,6 +286,105 @@ def test_a_body_that_ends_too_early(predictor):
 def test_options_out_of_range(predictor, options, message):
     with pytest.raises(ValueError, match=message):
         Server(predictor, **options)
+
+
+# Real sockets
+
+
+@pytest.fixture
+def serving(predictor, monkeypatch):
+    """Serves in a thread; gives a function that connects."""
+    servers = []
+
+    class Recorded(uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Recorded)
+    taken = module.listen("127.0.0.1", 0)
+    address = taken.getsockname()
+    app = Server(predictor, budget_ms=60_000).app()
+    thread = threading.Thread(target=module.run, args=(app, taken))
+    thread.start()
+    with contextlib.ExitStack() as connections:
+        yield lambda: connections.enter_context(socket.create_connection(address, timeout=30))
+    servers[0].should_exit = True
+    thread.join(30)
+    taken.close()
+    assert not thread.is_alive()
+
+
+def status(connection):
+    """Of the next answer, or None if the connection was closed instead."""
+    line = connection.recv(4096).partition(b"\r\n")[0]
+    return int(line.split()[1]) if line else None
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
+
+
+@pytest.mark.fault("a request's headers do not come", "its connection is closed after ten seconds")
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_headers_that_do_not_come(serving, monkeypatch, before):
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.5)
+    connection = serving()
+    if before:
+        connection.sendall(before)
+        assert status(connection) == 200
+    begin = time.monotonic()
+    connection.sendall(b"GET /health HTTP/1.1\r\n")
+    with contextlib.suppress(ConnectionError):  # each byte is soon enough, all of them are not
+        for _ in range(100):
+            connection.sendall(b"a")
+            time.sleep(0.05)
+    assert time.monotonic() - begin < 4
+    other = serving()
+    other.sendall(HEALTH)
+    assert status(other) == 200
+
+
+def test_a_connection_that_says_nothing_is_closed(serving, monkeypatch):
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    assert status(serving()) is None
+
+
+def test_the_time_for_headers_is_not_that_of_the_answer(serving, monkeypatch):
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    connection = serving()
+    data = png()
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode())
+    time.sleep(0.6)
+    connection.sendall(data)
+    assert status(connection) == 200
+
+
+@pytest.mark.fault("as many requests at once as are allowed", "503; `/health` still answers")
+def test_health_at_the_limit(serving, monkeypatch):
+    monkeypatch.setattr(module, "MAX_REQUESTS", 2)
+    waiting = [serving(), serving()]
+    for connection in waiting:
+        connection.sendall(UNFINISHED)
+    until = time.monotonic() + 30
+    while True:  # until both were noticed
+        further = serving()
+        further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        if (refused := status(further)) == 503:
+            break
+        assert (refused, time.monotonic() < until) == (400, True)
+    healthy = serving()
+    healthy.sendall(HEALTH)
+    assert status(healthy) == 200
+    for connection in waiting:
+        connection.close()
+    while True:
+        further = serving()
+        further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        if status(further) == 400:  # an empty body is not an image: there is room again
+            break
+        assert time.monotonic() < until
 
 
 # A process
