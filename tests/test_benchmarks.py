@@ -196,3 +196,16 @@ def test_compatibility_of_all(script, tmp_path, pytestconfig):
     for row in rows:
         for key in ("result", "stages", "blocks"):
             assert row.get(key) == expected[row["model"]].get(key), row["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a run is killed at a random moment", "it resumes to the same weights and log")
+def test_kills(script, tmp_path):
+    out = tmp_path / "kills.json"
+    settings = ["plain", "2 workers", "mixup", "EMA", "SWA"]
+    done = script("kills.py", "--kills", 10, "--settings", *settings, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= 10
+    assert {row["signal"] for row in rows} == {"SIGKILL", "SIGTERM"}
+    assert {row["outcome"] for row in rows} == {"the uninterrupted run"}
