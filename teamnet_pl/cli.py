@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import signal
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -22,7 +24,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
@@ -130,12 +132,20 @@ class TeamCLI(LightningCLI):
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
         try:
             super().instantiate_classes()
+        except MisconfigurationException as error:  # Lightning's, such as of devices
+            self._parser(self.subcommand).error(str(error))
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             # jsonargparse adds all it knows of the types.
             ours: BaseException | None = error
             while ours is not None and not _raised_in(ours, "teamnet_pl"):
                 ours = ours.__cause__
             self._parser(self.subcommand).error(str(ours or error))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leaves the checkpoints out where `enable_checkpointing` is off."""
+        if config.get("enable_checkpointing") is False:
+            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         """Has checkpoints saved whole or not at all, unless the user chose another plugin."""
@@ -153,6 +163,8 @@ class TeamCLI(LightningCLI):
             if isinstance(ending.__context__, KeyboardInterrupt):
                 sys.exit(128 + signal.SIGINT)
             raise
+        except MisconfigurationException as error:
+            self._parser(subcommand).error(str(error))
         except UnreadableImageError as error:
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
@@ -179,8 +191,8 @@ class TeamCLI(LightningCLI):
 
 
 def _raised_in(error: BaseException, package: str) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith(package)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals["__name__"]).startswith(package)
 
 
 def _restores(error: BaseException) -> bool:
@@ -319,6 +331,8 @@ def _summary(command: Callable[..., None]) -> str:
 def main(args: ArgsType = None) -> None:
     """Runs the command line."""
     words = sys.argv[1:] if args is None else args
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there stands in for a library
     if isinstance(words, list) and words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
