@@ -106,11 +106,11 @@ class Preprocessing:
         if isinstance(image, str | Path):
             if not Path(image).is_file():
                 raise FileNotFoundError(f"There is no file {image}.")
-            image = read_image(str(image), Path(image), channels, max_pixels)
+            image = read_image(str(image), Path(image), channels, self.bits, max_pixels)
         elif isinstance(image, bytes):
-            image = read_image("The image", BytesIO(image), channels, max_pixels)
+            image = read_image("The image", BytesIO(image), channels, self.bits, max_pixels)
         elif isinstance(image, Image.Image):
-            image = upright(image, channels)
+            image = upright(image, channels, self.bits)
         elif not isinstance(image, Tensor | np.ndarray):
             raise ValueError(
                 "An image is a tensor, an array, a PIL image, the path of a file or its content, "
