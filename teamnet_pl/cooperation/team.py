@@ -21,7 +21,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import check_finite, load_checkpoint
+from teamnet_pl.checkpoints import (
+    check_finite,
+    load_checkpoint,
+    no_larger_than,
+    number_of_weights,
+)
 from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
 from teamnet_pl.cooperation.metrics import member_metrics
 from teamnet_pl.cooperation.optimization import (
@@ -198,7 +203,7 @@ class Team(LightningModule):
         values, weights = team_content(checkpoint_path, checkpoint)
         values = {name: value for name, value in values.items() if name not in kwargs}
         trust = Trust(checkpoint_path, trust_import)
-        with naming(checkpoint_path):
+        with naming(checkpoint_path), no_larger_than(number_of_weights(weights), checkpoint_path):
             team = cls(**restore_arguments(cls, values, trust) | kwargs)
             team.on_load_checkpoint(checkpoint)
         load_weights(team, weights, checkpoint_path, strict)
