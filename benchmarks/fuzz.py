@@ -1,7 +1,7 @@
 """Feeds mutated files to every entrance that reads one, with a canary for whatever runs.
 
-Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes, and
-values that are swapped, missing, of another type, huge, or hostile: import paths, classes by their
+Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes,
+and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by their
 path, addresses, pipes, names of files, options of backbones that read files or the Hub. Whatever
 they name must not run, and must end in success or in one sentence that names the file. An audit
 hook notices processes, sockets, files outside of the run's folder and modules that only the input
@@ -471,7 +471,6 @@ def main() -> None:
     parser.add_argument("--limit-gib", type=float, default=4, help="Memory beyond the start's.")
     parser.add_argument("--out", default="benchmarks/results/fuzz.json")
     args = parser.parse_args()
-    args.out = os.path.abspath(args.out)
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, hang)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
@@ -509,7 +508,7 @@ def main() -> None:
         for (mutation, entrance, outcome), cases in sorted(counts.items())
     ]
     bad = [row for row in rows if row["outcome"] not in ("taken", "refused")]
-    args.bad = bad
+    args.ended_otherwise = bad
     save_results(args, summary)
     print(dict(Counter(row["outcome"] for row in rows)))
     if bad:

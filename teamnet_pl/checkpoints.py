@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from teamnet_pl.atomic import replacing
 
@@ -126,3 +129,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} could not be saved: {cause}. What was there before is "
                 "still there. Make room, or choose another folder by --checkpoint.dirpath."
             ) from error
+
+
+@contextmanager
+def no_larger_than(size: int, source: object) -> Iterator[None]:
+    """Ends the making of a net that is much larger than the weights that it is made for.
+
+    Else a few words in a file, such as a width, would take all of the machine's memory and time.
+
+    Args:
+        size: Number of the weights. Making a net may take twice as many, and a few millions.
+        source: The file that they come from, for messages.
+
+    Raises:
+        ValueError: If the net is larger, as soon as it is.
+    """
+    left, thread = 2 * size + 2**24, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is None or threading.get_ident() != thread:
+            return
+        left -= parameter.numel()
+        if left < 0:
+            raise ValueError(
+                f"{source} names a net that is larger than the {size:,} weights that it holds."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def number_of_weights(weights: Mapping[str, Tensor]) -> int:
+    """How many numbers there are in a state dict."""
+    return sum(weight.numel() for weight in weights.values())

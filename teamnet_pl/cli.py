@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -22,11 +25,16 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
-from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+from teamnet_pl.checkpoints import (
+    AtomicCheckpointIO,
+    load_checkpoint,
+    no_larger_than,
+    number_of_weights,
+)
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
@@ -85,6 +93,8 @@ class TeamCLI(LightningCLI):
     it.
     """
 
+    saved: SavedTeam | None = None
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, and what the data tells the team."""
         # The first one is the trainer's `checkpoint_callback`.
@@ -115,12 +125,13 @@ class TeamCLI(LightningCLI):
             return
         try:
             given = sys.argv[1:] if args is None else args
-            words = _with_checkpointed_config(given)
+            words, self.saved = _with_checkpointed_config(given)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
-        if words is not given:
+        if self.saved is not None:
             for one in (parser, *self._subcommand_parsers.values()):
-                one.checkpoint = str(_given(words)["ckpt_path"])
+                assert isinstance(one, TeamArgumentParser)
+                one.checkpoint = str(self.saved.path)
         self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
@@ -128,14 +139,26 @@ class TeamCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes team, data and trainer; what the user got wrong is printed without a traceback."""
+        # What the user replaces may be of any size, but then the weights do not fit.
+        saved = self.saved
+        limit = no_larger_than(number_of_weights(saved.weights), saved.path) if saved else None
         try:
-            super().instantiate_classes()
+            with limit or nullcontext():
+                super().instantiate_classes()
+        except MisconfigurationException as error:  # Lightning's, such as of devices
+            self._parser(self.subcommand).error(str(error))
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             # jsonargparse adds all it knows of the types.
             ours: BaseException | None = error
             while ours is not None and not _raised_in(ours, "teamnet_pl"):
                 ours = ours.__cause__
             self._parser(self.subcommand).error(str(ours or error))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leaves the checkpoints out where `enable_checkpointing` is off."""
+        if config.get("enable_checkpointing") is False:
+            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         """Has checkpoints saved whole or not at all, unless the user chose another plugin."""
@@ -153,6 +176,8 @@ class TeamCLI(LightningCLI):
             if isinstance(ending.__context__, KeyboardInterrupt):
                 sys.exit(128 + signal.SIGINT)
             raise
+        except MisconfigurationException as error:
+            self._parser(subcommand).error(str(error))
         except UnreadableImageError as error:
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
@@ -161,9 +186,11 @@ class TeamCLI(LightningCLI):
                 raise
             self._parser(subcommand).error(str(error))
         except Exception as error:
+            if isinstance(error, RuntimeError) and _raised_in(error, "lightning.pytorch.callbacks"):
+                self._parser(subcommand).error(str(error))  # such as of a metric that is not there
             if not _restores(error):
                 raise
-            path = self._parser(subcommand).checkpoint
+            path = self.saved.path if self.saved else "The checkpoint"
             self._parser(subcommand).error(
                 f"{path} does not hold what a run goes on from, or is damaged "
                 f"({type(error).__name__}): {error}"
@@ -179,8 +206,8 @@ class TeamCLI(LightningCLI):
 
 
 def _raised_in(error: BaseException, package: str) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith(package)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals["__name__"]).startswith(package)
 
 
 def _restores(error: BaseException) -> bool:
@@ -189,7 +216,7 @@ def _restores(error: BaseException) -> bool:
     return "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
 
 
-def _with_checkpointed_config(args: list[str]) -> list[str]:
+def _with_checkpointed_config(args: list[str]) -> tuple[list[str], SavedTeam | None]:
     """Puts the config of a named checkpoint in front of the subcommand's other options.
 
     Only the arguments of the team and the data module are taken, after a check of what they name,
@@ -198,7 +225,7 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
     given = _given(args)
     path = given.get("ckpt_path")
     if path is None:
-        return args
+        return args, None
     if path in _SEARCHED:
         path = _find_checkpoint(path, given)
         # Not as Lightning looks for it, which starts anew if there is none.
@@ -222,7 +249,7 @@ def _with_checkpointed_config(args: list[str]) -> list[str]:
     if args[subcommand] == "fit":
         config |= saved.settings()
     first = 1 + subcommand
-    return [*args[:first], "--config", yaml.safe_dump(config), *args[first:]]
+    return [*args[:first], "--config", yaml.safe_dump(config), *args[first:]], saved
 
 
 _SEARCHED = {"best": "best*.ckpt", "last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}
@@ -319,6 +346,8 @@ def _summary(command: Callable[..., None]) -> str:
 def main(args: ArgsType = None) -> None:
     """Runs the command line."""
     words = sys.argv[1:] if args is None else args
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there stands in for a library
     if isinstance(words, list) and words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return

@@ -209,3 +209,17 @@ def test_kills(script, tmp_path):
     assert len(rows) >= 10
     assert {row["signal"] for row in rows} == {"SIGKILL", "SIGTERM"}
     assert {row["outcome"] for row in rows} == {"the uninterrupted run"}
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "mutated checkpoints, Hub folders, profiles and reports, with hostile names and values",
+    "nothing they name runs; taken, or refused by a sentence that names the file",
+)
+def test_fuzzing(script, tmp_path):
+    out = tmp_path / "out.json"
+    done = script("fuzz.py", "--seconds", 25, "--seed", 1, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["outcome"] for row in rows} == {"refused", "taken"}
+    assert sum(row["cases"] for row in rows) >= 20

@@ -18,7 +18,7 @@ from timm.optim import (  # type: ignore[attr-defined]
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -215,6 +215,12 @@ class StepSchedule(LambdaLR):
     def _factor(self, step: int) -> float:
         return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
 
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group of parameters, those that a callback added later among them."""
+        factor = self._factor(self.last_epoch)
+        groups = self.optimizer.param_groups
+        return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
+
     def start(self, steps: float) -> None:
         """Sets the number of steps, and the learning rate of the next one.
 
@@ -222,8 +228,7 @@ class StepSchedule(LambdaLR):
             steps: Of the whole training; infinite if it has no end.
         """
         self.steps = steps
-        factor = self._factor(self.last_epoch)
-        self._last_lr = [base * factor for base in self.base_lrs]
+        self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import check_finite, load_checkpoint
+from teamnet_pl.checkpoints import (
+    check_finite,
+    load_checkpoint,
+    no_larger_than,
+    number_of_weights,
+)
 from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
 from teamnet_pl.cooperation.metrics import member_metrics
 from teamnet_pl.cooperation.optimization import (
@@ -197,7 +203,7 @@ class Team(LightningModule):
         values, weights = team_content(checkpoint_path, checkpoint)
         values = {name: value for name, value in values.items() if name not in kwargs}
         trust = Trust(checkpoint_path, trust_import)
-        with naming(checkpoint_path):
+        with naming(checkpoint_path), no_larger_than(number_of_weights(weights), checkpoint_path):
             team = cls(**restore_arguments(cls, values, trust) | kwargs)
             team.on_load_checkpoint(checkpoint)
         load_weights(team, weights, checkpoint_path, strict)
@@ -208,6 +214,13 @@ class Team(LightningModule):
         """Notes the run's seed, its length and its data, and checks the data's classes."""
         self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
         self._epochs = self.trainer.max_epochs  # before callbacks change it
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
+            raise ValueError(
+                "BackboneFinetuning unfreezes the one `backbone` of a module, and a team has "
+                "several: freeze the Leader by model.leader.frozen, or write a BaseFinetuning of "
+                "your own for the modules in `team.backbones()`."
+            )
         describe = getattr(self.trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is None:
             return
@@ -279,6 +292,16 @@ class Team(LightningModule):
     def elastic_nets(self) -> Mapping[str, ElasticNet]:
         """The Teammates by name."""
         return dict(self.teammates.items())  # type: ignore[arg-type]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at its peak, by the name that Lightning's finder looks for."""
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer_config = replace(self.optimizer_config, lr=value)
+        self.hparams["optimizer"]["lr"] = value
 
     def members(self) -> list[str]:
         """Names of all that is trained: the Leader and each depth of each Teammate."""

@@ -11,7 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.checkpoints import check_finite, weights_digest
+from teamnet_pl.checkpoints import (
+    check_finite,
+    no_larger_than,
+    number_of_weights,
+    weights_digest,
+)
 from teamnet_pl.cooperation import TeammateConfig
 from teamnet_pl.cooperation.configs import restore_member
 from teamnet_pl.cooperation.team import check_task, load_weights
@@ -183,7 +188,13 @@ class Teammate(
             names = ", ".join(mate for mate in ("a", "b") if values[mate])
             raise ValueError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
         accuracy, split = saved.accuracies(name)
-        with naming(saved.path):
+        prefix = f"teammates.{name}."
+        weights = {
+            key.removeprefix(prefix): weight
+            for key, weight in saved.weights.items()
+            if key.startswith(prefix)
+        }
+        with naming(saved.path), no_larger_than(number_of_weights(weights), saved.path):
             teammate = cls(
                 values["num_classes"],
                 values["input_shape"],
@@ -193,12 +204,6 @@ class Teammate(
                 accuracy=accuracy,
                 split=split,
             )
-        prefix = f"teammates.{name}."
-        weights = {
-            key.removeprefix(prefix): weight
-            for key, weight in saved.weights.items()
-            if key.startswith(prefix)
-        }
         load_weights(teammate, weights, saved.path)
         check_finite(weights, saved.path)
         try:
@@ -277,9 +282,15 @@ class Teammate(
                 each other, or the config names what is not trusted.
         """
         with naming(pretrained_model_name_or_path):
-            teammate: Teammate = super().from_pretrained(
-                pretrained_model_name_or_path, trust_import=trust_import, **kwargs
-            )
+            try:
+                teammate: Teammate = super().from_pretrained(
+                    pretrained_model_name_or_path, trust_import=trust_import, **kwargs
+                )
+            except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} does not hold a Teammate, or is damaged: "
+                    f"{error}"
+                ) from error
         return teammate
 
     @classmethod
@@ -296,7 +307,12 @@ class Teammate(
         check_task(source, kwargs.get("num_classes"), kwargs.get("input_shape"))
         check_classes(source, kwargs.get("classes"), kwargs["num_classes"])
         changes = {"net": net, "preprocessing": preprocessing, "strict": True}
-        teammate: Teammate = super()._from_pretrained(**kwargs | changes)
+        weights = Path(source) / constants.SAFETENSORS_SINGLE_FILE
+        if not weights.is_file():  # on the Hub, where the net is made before the file is there
+            teammate: Teammate = super()._from_pretrained(**kwargs | changes)
+            return teammate
+        with no_larger_than(weights.stat().st_size, source):  # a weight takes a byte or more
+            teammate = super()._from_pretrained(**kwargs | changes)
         return teammate
 
     def _save_pretrained(self, save_directory: Path) -> None:
