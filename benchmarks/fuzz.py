@@ -1,9 +1,9 @@
 """Feeds mutated files to every entrance that reads one, with a canary for whatever runs.
 
 Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes,
-and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by their
-path, addresses, pipes, names of files, options of backbones that read files or the Hub. Whatever
-they name must not run, and must end in success or in one sentence that names the file. An audit
+and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by
+their path, addresses, pipes, names of files, options of backbones that read files or the Hub.
+Whatever they name must not run, and must end in success or in one sentence that names the file. An audit
 hook notices processes, sockets, files outside of the run's folder and modules that only the input
 names; a limit of memory and of time notices the rest. It stays in this process: in another the
 canary would not see.
