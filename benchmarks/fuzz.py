@@ -1,12 +1,15 @@
 """Feeds mutated files to every entrance that reads one, with a canary for whatever runs.
 
 Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes,
-and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by their
-path, addresses, pipes, names of files, options of backbones that read files or the Hub. Whatever
-they name must not run, and must end in success or in one sentence that names the file. An audit
-hook notices processes, sockets, files outside of the run's folder and modules that only the input
-names; a limit of memory and of time notices the rest. It stays in this process: in another the
-canary would not see.
+and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by
+their path, addresses, pipes, names of files, options of backbones that read files or the Hub.
+<<<<<<< HEAD Whatever they name must not run, and must end in success or in one sentence that names
+the file. An audit hook notices processes, sockets, files outside of the run's folder and modules
+that only the input names; a limit of memory and of time notices the rest. It stays in this process:
+in another the canary would not see. ======= Whatever they name must not run, and must end in
+success or in one sentence that names the file. An audit hook notices processes, sockets, files
+outside of the run's folder and modules that only the input names; a limit of memory and of time
+notices the rest. All cases run in one process: in another the canary would not see. >>>>>>> work-g
 """
 
 from __future__ import annotations
@@ -210,6 +213,8 @@ def hostile(draw: random.Random, path: tuple[Any, ...]) -> Any:
         lambda: [draw.choice([*TEXTS, *NUMBERS, *CLASSES]) for _ in range(3)],
     ]
     last = path[-1] if path else ""
+    if last in ("leader", "a", "b") and draw.random() < 0.5:
+        return {"name": draw.choice(NAMES[:5]), "options": dict(TOUCH)}
     if last == "data" and draw.random() < 0.6:
         return copy.deepcopy(draw.choice(DATA))
     if last == "options" and draw.random() < 0.6:

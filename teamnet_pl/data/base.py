@@ -236,8 +236,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with a checkpoint's seed, and with a batch size that was searched for."""
-        self._seed = state_dict["seed"]
-        given, searched = state_dict.get("batch_size", [None, None])
+        seed = state_dict["seed"]
+        given, searched = state_dict.get("batch_size", [None, self.batch_size])
+        if not type(seed) is type(searched) is int or searched < 1:
+            raise ValueError(
+                "The checkpoint's state of the data must have a whole number as seed and as "
+                f"batch_size, found {seed!r} and {searched!r}."
+            )
+        self._seed = seed
         if self.batch_size == given:  # else the user wants another
             self.batch_size = searched
 
