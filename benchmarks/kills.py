@@ -315,7 +315,7 @@ def killed_run(
                 outcomes.append(row)
                 if code is None:
                     problems.append("it did not end")
-                elif code != (-number if number == signal.SIGKILL else 128 + number):
+                elif code not in (-number, 128 + number):  # the former while it starts or ends
                     problems.append(f"exit code {code} after {number.name}")
                 paths = folder.glob("logs/version_*/checkpoints/*.ckpt")
                 problems += filter(None, map(damage, paths))

@@ -198,6 +198,20 @@ def test_compatibility_of_all(script, tmp_path, pytestconfig):
             assert row.get(key) == expected[row["model"]].get(key), row["model"]
 
 
+@pytest.mark.slow
+@pytest.mark.fault("a run is killed at a random moment", "it resumes to the same weights and log")
+def test_kills(script, tmp_path):
+    out = tmp_path / "kills.json"
+    settings = ["plain", "2 workers", "mixup", "EMA", "SWA"]
+    done = script("kills.py", "--kills", 10, "--settings", *settings, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= 10
+    assert {row["signal"] for row in rows} == {"SIGKILL", "SIGTERM"}
+    assert {row["outcome"] for row in rows} == {"the uninterrupted run"}
+
+
+@pytest.mark.slow
 @pytest.mark.fault(
     "mutated checkpoints, Hub folders, profiles and reports, with hostile names and values",
     "nothing they name runs; taken, or refused by a sentence that names the file",

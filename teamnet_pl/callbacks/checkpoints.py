@@ -173,7 +173,7 @@ class LastCheckpoint(Checkpoint):
         self._is_due |= self._is_time(trainer) or self._is_stopping(trainer)
         loop = trainer.fit_loop.epoch_loop
         # Else a resumed run would leave out the validation or the end of the epoch.
-        rest = loop.batch_progress.is_last_batch
+        rest = loop.batch_progress.is_last_batch or loop._is_training_done
         rest |= loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if self._is_due and not rest:
             self._save(trainer)

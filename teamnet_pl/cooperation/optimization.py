@@ -204,11 +204,13 @@ class StepSchedule(LambdaLR):
 
     Args:
         optimizer: What to schedule.
-        config: The learning rate.
+        config: The learning rate, as a share of its peak.
+        peak: The learning rate at its peak, that the optimiser was made with.
     """
 
-    def __init__(self, optimizer: Optimizer, config: ScheduleConfig) -> None:
+    def __init__(self, optimizer: Optimizer, config: ScheduleConfig, peak: float) -> None:
         self.config = config
+        self.peak = peak
         self.steps = math.inf
         super().__init__(optimizer, self._factor)
 
@@ -220,6 +222,12 @@ class StepSchedule(LambdaLR):
         factor = self._factor(self.last_epoch)
         groups = self.optimizer.param_groups
         return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
+
+    def set_peak(self, peak: float) -> None:
+        """Sets the learning rate at its peak, of each group of parameters in proportion."""
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] *= peak / self.peak
+        self.peak = peak
 
     def start(self, steps: float) -> None:
         """Sets the number of steps, and the learning rate of the next one.
@@ -281,5 +289,5 @@ def configure(
         backbones: Its parts that are models of their own, see `OptimizerConfig.create`.
     """
     created = optimizer.create(module, backbones)
-    scheduler = StepSchedule(created, schedule)
+    scheduler = StepSchedule(created, schedule, optimizer.lr)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -210,10 +210,12 @@ class Team(LightningModule):
         device = next((tensor.device for tensor in weights.values()), None)
         return team.to(device)
 
-    def setup(self, stage: str) -> None:
-        """Notes the run's seed, its length and its data, and checks the data's classes."""
-        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
-        self._epochs = self.trainer.max_epochs  # before callbacks change it
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuses a callback that cannot work with a team, and adds none.
+
+        Raises:
+            ValueError: If there is such a callback.
+        """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
             raise ValueError(
@@ -221,6 +223,12 @@ class Team(LightningModule):
                 "several: freeze the Leader by model.leader.frozen, or write a BaseFinetuning of "
                 "your own for the modules in `team.backbones()`."
             )
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Notes the run's seed, its length and its data, and checks the data's classes."""
+        self._run_seed = torch.initial_seed()  # unless a checkpoint brings its own
+        self._epochs = self.trainer.max_epochs  # before callbacks change it
         describe = getattr(self.trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is None:
             return
@@ -385,6 +393,7 @@ class Team(LightningModule):
         self._steps = training_steps(self.trainer, self._epochs)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, StepSchedule):
+                config.scheduler.set_peak(self.lr)  # which a finder may have changed
                 config.scheduler.start(self._steps)
 
     def _ramp(self) -> float:
