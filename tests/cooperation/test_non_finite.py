@@ -225,7 +225,7 @@ def process(cli, own_nets, folder, *args):
     )
 
 
-@pytest.mark.fault("The loss becomes infinite or NaN", "a sentence; exit code 2; nothing is saved")
+@pytest.mark.fault("the loss becomes infinite or NaN", "a sentence; exit code 2; nothing is saved")
 def test_the_command_line_says_so(cli, own_nets, tmp_path):
     options = ["--model.optimizer.lr", "1e6", "--trainer.limit_train_batches", "5"]
     done = process(cli, own_nets, tmp_path, *options)
@@ -242,7 +242,7 @@ POISONED += ["--trainer.limit_train_batches", "3"]
 
 
 @pytest.mark.slow
-@pytest.mark.fault("The loss becomes NaN in one of two processes", "both stop; exit code 2")
+@pytest.mark.fault("the loss becomes NaN in one of two processes", "both stop; exit code 2")
 def test_one_of_two_processes_stops_both(cli, own_nets, tmp_path):
     done = process(cli, own_nets, tmp_path, *POISONED)
     assert done.returncode == 2

@@ -53,7 +53,7 @@ def test_files(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.fault("A weight is NaN", "profile, serve and export refuse it, by the tensor's name")
+@pytest.mark.fault("a weight is NaN", "profile, serve and export refuse it, by the tensor's name")
 @pytest.mark.parametrize(
     "words", [["profile"], ["serve"], ["export", "--out", "out", "--formats", "[safetensors]"]]
 )
