@@ -211,7 +211,6 @@ def test_kills(script, tmp_path):
     assert {row["outcome"] for row in rows} == {"the uninterrupted run"}
 
 
-@pytest.mark.slow
 @pytest.mark.fault(
     "mutated checkpoints, Hub folders, profiles and reports, with hostile names and values",
     "nothing they name runs; taken, or refused by a sentence that names the file",

@@ -80,8 +80,9 @@ def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
             f"options of {sizes[1]}: resume with the weight_decay of the checkpoint."
         )
     for group, options in zip(saved, fresh.param_groups, strict=True):
-        # The learning rate is the schedule's.
+        # The learning rate of the next step is the schedule's, from this one.
         group |= {key: value for key, value in options.items() if key not in ("params", "lr")}
+        group["initial_lr"] = options["lr"]
 
 
 def drop_finders(trainer: Trainer) -> None:

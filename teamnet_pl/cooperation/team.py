@@ -269,7 +269,7 @@ class Team(LightningModule):
         check_resumable(checkpoint, self.hparams)
         self._unlogged = self.run.pop("unlogged", None)
         if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
-            apply_options(checkpoint, self.optimizer_config.create(self))
+            apply_options(checkpoint, self.optimizer_config.create(self, self.backbones()))
         done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if 0 <= (self._epochs or 0) < done:
             raise ValueError(

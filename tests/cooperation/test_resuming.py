@@ -134,7 +134,6 @@ def test_a_search_does_not_change_the_length_of_the_schedule(tiny, tmp_path, fin
     recorder = tiny.Recorder()
     search = {BatchSizeFinder: {"max_trials": 2, "init_val": 16}, LearningRateFinder: {}}[finder]
     team = tiny.team(b=None, schedule=ScheduleConfig(warmup=0.0))
-    team.lr = 0.1
     callbacks = [finder(**search), recorder]
     trainer = tiny.trainer(tmp_path, callbacks=callbacks, max_epochs=2)
     trainer.fit(team, tiny.digits(train_size=320))
@@ -143,7 +142,7 @@ def test_a_search_does_not_change_the_length_of_the_schedule(tiny, tmp_path, fin
     assert steps == 2 * (320 // trainer.datamodule.batch_size)
     assert rates == sorted(rates, reverse=True)
     # Half a cosine from the peak, in as many steps as there were.
-    expected = [0.05 * (1 + np.cos(np.pi * step / steps)) for step in range(steps)]
+    expected = [team.lr / 2 * (1 + np.cos(np.pi * step / steps)) for step in range(steps)]
     assert rates == pytest.approx(expected)
 
 
@@ -222,7 +221,7 @@ def test_weights_alone_are_not_resumed(cli, stopped, tmp_path, capsys):
 def test_another_number_of_steps_is_applied():
     config = OptimizerConfig(lr=0.1)
     optimizer = config.create(torch.nn.Linear(2, 2))
-    schedule = StepSchedule(optimizer, ScheduleConfig(warmup=0.0))
+    schedule = StepSchedule(optimizer, ScheduleConfig(warmup=0.0), peak=0.1)
     schedule.start(4)
     for _ in range(2):
         optimizer.step()
