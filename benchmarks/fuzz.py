@@ -3,13 +3,10 @@
 Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes,
 and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by
 their path, addresses, pipes, names of files, options of backbones that read files or the Hub.
-<<<<<<< HEAD Whatever they name must not run, and must end in success or in one sentence that names
-the file. An audit hook notices processes, sockets, files outside of the run's folder and modules
-that only the input names; a limit of memory and of time notices the rest. It stays in this process:
-in another the canary would not see. ======= Whatever they name must not run, and must end in
-success or in one sentence that names the file. An audit hook notices processes, sockets, files
-outside of the run's folder and modules that only the input names; a limit of memory and of time
-notices the rest. All cases run in one process: in another the canary would not see. >>>>>>> work-g
+Whatever they name must not run, and must end in success or in one sentence that names the file. An
+audit hook notices processes, sockets, files outside of the run's folder and modules that only the
+input names; a limit of memory and of time notices the rest. All cases run in one process: in
+another the canary would not see.
 """
 
 from __future__ import annotations

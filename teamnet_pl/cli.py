@@ -182,7 +182,9 @@ class TeamCLI(LightningCLI):
         except UnreadableImageError as error:
             # From a loader's worker, torch puts the worker's traceback before the message.
             self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
-        except (OSError, ValueError) as error:
+        except OSError as error:  # of the disk or the network, wherever
+            self._parser(subcommand).error(str(error))
+        except ValueError as error:
             if not _raised_in(error, "teamnet_pl") and not _restores(error):
                 raise
             self._parser(subcommand).error(str(error))
@@ -336,7 +338,7 @@ def run_command(name: str, words: list[str]) -> None:
     arguments = parser.instantiate(parser.parse_args(words)).as_dict()
     try:
         command(**{key: value for key, value in arguments.items() if key != "config"})
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (OSError, ModuleNotFoundError, ValueError) as error:
         parser.error(str(error))
 
 

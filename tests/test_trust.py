@@ -222,3 +222,21 @@ def test_only_transforms_are_classes_among_the_arguments_of_data(kind):
 def test_a_windows_path_is_not_an_address():
     values = SHARDS["init_args"] | {"train": r"C:\data\train.tar", "val": "D:/val.tar"}
     Trust("file").check_data({"class_path": "teamnet_pl.data.Shards", "init_args": values})
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "MNIST", "MedMNIST", "HuggingFace", "Imagenette"])
+@pytest.mark.parametrize("arguments", [{}, {"download": True}])
+def test_data_that_a_file_names_is_not_downloaded(trapped, name, arguments):
+    data = {"class_path": f"teamnet_pl.data.{name}", "init_args": arguments}
+    path = trapped(run(data=data))
+    assert SavedTeam.read(path).data()["init_args"] == {"download": False}
+    assert SavedTeam.read(path, trust_import=True).data()["init_args"] == arguments
+    given = {"data.init_args.download": True}
+    assert SavedTeam.read(path, given=given).data()["init_args"] == arguments
+
+
+def test_a_dataset_of_the_hub_is_not_asked_for(trapped, capsys):
+    data = {"class_path": "teamnet_pl.data.HuggingFace", "init_args": {"path": "me/images"}}
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", trapped(run(data=data))])
+    assert "There is no folder" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teamnet_pl.cli import main
+from teamnet_pl.cli import _raised_in, main
 
 BEST = "logs/version_0/checkpoints/best.ckpt"
 
@@ -154,3 +154,25 @@ def test_a_results_folder_that_cannot_be_written(cli, capsys, checkpoint, tmp_pa
     assert "Accuracy per depth, test split" in printed.out
     assert "per_depth.json" in printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("command", ["profile", "fit"])
+def test_results_that_cannot_be_saved_are_printed(cli, capsys, checkpoint, tmp_path, command):
+    """Files stand where folders should, which stops root as well."""
+    (tmp_path / "team.ckpt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "profile_a_cpu.json").mkdir()
+    (tmp_path / "profile_a_cpu.json/x").touch()
+    (tmp_path / "logs").touch()
+    words = ["profile", "--runs", 1] if command == "profile" else ["fit", "--trainer.max_epochs", 2]
+    with pytest.raises(SystemExit) as ending:
+        cli(tmp_path, *words, "--ckpt_path", "team.ckpt", tiny=False)
+    printed = capsys.readouterr()
+    assert ending.value.code == 2
+    assert command == "fit" or "d7" in printed.out
+    assert ("profile_a_cpu.json" if command == "profile" else "logs") in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_an_error_that_was_never_raised_is_of_no_package():
+    """As the cause of another one may be, such as torchvision's of a failed download."""
+    assert not _raised_in(ValueError(), "teamnet_pl")

@@ -47,14 +47,14 @@ def profile_teammate(
     net = Teammate.from_checkpoint(ckpt_path, teammate, device=device, trust_import=trust_import)
     views = {depth.name: net.view(depth) for depth in net.depths}
     measured = profile_depths(net, views, batch_sizes, runs)
-    folder = Path(ckpt_path).parent
-    name = f"profile_{teammate}_{measured.device}"
     if net.accuracy:
         measured = with_accuracies(measured, net.accuracy, net.split)
-        draw_profile(measured).savefig(folder / f"{name}.png", dpi=150)
-    measured.save(folder / f"{name}.json")
     console = Console()
-    console.print(profile_table(measured))
-    console.print(f"Saved as {folder / name}.json", soft_wrap=True)
+    console.print(profile_table(measured))  # first, since the folder may be read-only
+    path = Path(ckpt_path).parent / f"profile_{teammate}_{measured.device}.json"
+    measured.save(path)
+    if net.accuracy:
+        draw_profile(measured).savefig(path.with_suffix(".png"), dpi=150)
+    console.print(f"Saved as {path}", soft_wrap=True)
     if measured.split is None:
         console.print("Without accuracies of these weights: `teamnet test` leaves them there.")

@@ -489,11 +489,12 @@ class Team(LightningModule):
 
     def _probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds to the members' predictions the mean of the Teammates' deepest ones."""
-        found = {member: _softmax(own) for member, own in logits.items()}
+        probabilities = {member: _softmax(values) for member, values in logits.items()}
         if len(self.teammates) > 1:
-            deepest = [found[f"{name}/{net.depths[0]}"] for name, net in self.elastic_nets.items()]
-            found["ensemble"] = torch.stack(deepest).mean(dim=0)
-        return found
+            deepest = [f"{name}/{net.depths[0]}" for name, net in self.elastic_nets.items()]
+            stacked = torch.stack([probabilities[member] for member in deepest])
+            probabilities["ensemble"] = stacked.mean(dim=0)
+        return probabilities
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch

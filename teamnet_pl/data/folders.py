@@ -145,8 +145,9 @@ class ImageFolder(EncodedImageDataModule):
 
     def val_source(self) -> str:
         """Where the validation images come from, in words."""
-        own = self.has_val and self.val_fraction is None
-        return f"the folder {self.split_folders['val']}" if own else super().val_source()
+        if self.has_val and self.val_fraction is None:
+            return f"the folder {self.split_folders['val']}"
+        return super().val_source()
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
         """Find the images of one split."""

@@ -11,10 +11,12 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
+from teamnet_pl import data as data_modules
 from teamnet_pl.checkpoints import load_checkpoint, weights_digest
 from teamnet_pl.cooperation.configs import restore_arguments, restore_config
 from teamnet_pl.cooperation.team import RUN_KEY, Team, team_content
-from teamnet_pl.data import ImageDataModule
+from teamnet_pl.data import HuggingFace, ImageDataModule
+from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.settings import check_settings
 from teamnet_pl.trust import Trust, naming
@@ -132,6 +134,9 @@ class SavedTeam:
     def data(self) -> dict[str, Any] | None:
         """The data module as ``class_path`` and ``init_args``; None if the file does not say.
 
+        One that could download its data does so only if the user trusts the file, or asks for it by
+        a ``download`` of their own.
+
         Raises:
             ValueError: If it is not of that form, or names something that is not trusted.
         """
@@ -139,7 +144,13 @@ class SavedTeam:
         if data is None:
             return None
         self.trust.check_data(data)
-        return dict(data)
+        arguments = dict(data.get("init_args", {}))
+        kind = getattr(data_modules, data["class_path"].rpartition(".")[2], None)
+        downloads = isinstance(kind, type) and issubclass(kind, DownloadedImages | HuggingFace)
+        asked = self.trust.given.get("data.init_args.download") is True
+        if downloads and not self.trust.trust_import and not asked:
+            arguments["download"] = False
+        return {"class_path": data["class_path"], "init_args": arguments}
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run, as in a config of the command line; empty if there are none.

@@ -248,8 +248,8 @@ class Predictor:
         else:
             chosen = self.controller.choose(budget_ms - work_ms - least_ms, len(batch))
         probabilities = self.run(batch, chosen, waited_ms - least_ms)
-        for own in probabilities:
-            check_output(own, chosen)
+        for output in probabilities:
+            check_output(output, chosen)
         taken_ms = 1000 * (time.perf_counter() - begin)
         return Prediction(probabilities, chosen, taken_ms, self.classes)
 

@@ -37,7 +37,7 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     ("words", "message"),
     [
         (["--teammate", "c"], "has the Teammates a, b; found c"),
-        (["--device", "gpu"], "cannot be put on gpu"),
+        (["--device", "gpu"], "cannot be put on 'gpu'"),
         (["--batch_sizes", "[]"], "batch_sizes must be 1 or more each, found []"),
         (["--batch_sizes", "[0]"], "batch_sizes must be 1 or more each, found [0]"),
         (["--runs", "0"], "runs must be at least 1, found 0"),
