@@ -149,12 +149,19 @@ class LastCheckpoint(Checkpoint):
         self._seen_step = 0
         self._saved_at = 0.0
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to listen to signals: the first hook after Lightning began to."""
+        self._listen()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to count steps and time, and to listen to signals."""
         self._seen_step, self._saved_at = trainer.global_step, time.monotonic()
         self._is_due = False
-        if threading.current_thread() is threading.main_thread():
-            # After Lightning's own, which tell other processes in the middle of a step.
+        self._listen()
+
+    def _listen(self) -> None:
+        """Takes the signals from Lightning, whose handlers run a collective wherever they hit."""
+        if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
             for number in _SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._note_signal)
 

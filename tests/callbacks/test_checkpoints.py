@@ -285,6 +285,27 @@ def test_two_processes_stop_together(cli, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_two_processes_stop_after_a_signal_before_training(cli, tmp_path):
+    """In the check of validation before it, to the first process alone."""
+    (tmp_path / "early.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch import Callback\n"
+        "class Early(Callback):\n"
+        "    def on_sanity_check_end(self, trainer, module):\n"
+        "        if trainer.is_global_zero:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    options += ["--trainer.callbacks", '[{"class_path": "early.Early"}]']
+    process = start(cli, tmp_path, *options)
+    try:
+        assert process.wait(timeout=100) == 143
+    finally:
+        process.kill()
+    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == 1
+
+
+@pytest.mark.slow
 def test_torchrun(cli, tmp_path):
     options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
