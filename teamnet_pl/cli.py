@@ -148,6 +148,10 @@ class TeamCLI(LightningCLI):
                 super().instantiate_classes()
         except MisconfigurationException as error:  # Lightning's, such as of devices
             self._parser(self.subcommand).error(str(error))
+        except TypeError as error:
+            if not _raised_in(error, "lightning"):
+                raise
+            self._parser(self.subcommand).error(str(error))
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
             # jsonargparse adds all it knows of the types.
             ours: BaseException | None = error
@@ -185,7 +189,9 @@ class TeamCLI(LightningCLI):
         except OSError as error:  # of the disk or the network, wherever
             self._parser(subcommand).error(str(error))
         except ValueError as error:
-            if not _raised_in(error, "teamnet_pl") and not _restores(error):
+            # Lightning's are of options that do not fit each other or the data.
+            ours = _raised_in(error, "teamnet_pl") or _raised_in(error, "lightning")
+            if not ours and not _restores(error):
                 raise
             self._parser(subcommand).error(str(error))
         except Exception as error:

@@ -226,7 +226,8 @@ class StepSchedule(LambdaLR):
     def set_peak(self, peak: float) -> None:
         """Sets the learning rate at its peak, of each group of parameters in proportion."""
         for group in self.optimizer.param_groups:
-            group["initial_lr"] *= peak / self.peak
+            share = group["initial_lr"] / self.peak if self.peak else 1.0
+            group["initial_lr"] = share * peak
         self.peak = peak
 
     def start(self, steps: float) -> None:
