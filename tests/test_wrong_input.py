@@ -25,7 +25,7 @@ def finder(name, **arguments):
         (["--trainer.accelerator", "gpu"], "gpu"),
         (["--trainer.accelerator", "abacus"], "abacus"),
         (["--trainer.strategy", "no_such"], "no_such"),
-        (["--trainer.devices", "9x"], "9x"),
+        (["--trainer.devices", "9x"], "devices"),
         (["--trainer.val_check_interval", "1000"], "val_check_interval"),
         (["--trainer.precision", "12-mixed"], "12-mixed"),
         (["--trainer.max_epochs", "many"], "max_epochs"),
