@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -271,6 +271,9 @@ class Team(LightningModule):
         if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
             apply_options(checkpoint, self.optimizer_config.create(self, self.backbones()))
         done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        # Averaging ends with one more epoch, in which only batch norms learn.
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        done -= any(isinstance(each, StochasticWeightAveraging) for each in callbacks)
         if 0 <= (self._epochs or 0) < done:
             raise ValueError(
                 f"The checkpoint has been trained for {done} epochs, more than the {self._epochs} "
