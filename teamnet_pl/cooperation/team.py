@@ -134,7 +134,7 @@ class Team(LightningModule):
             }
         )
         self.run: dict[str, Any] = {}
-        self._classes: list[str] | None = None  # of the data that the trainer has
+        self._data: Mapping[str, Any] = {}  # as the trainer's data module describes it
         self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.cooperation = cooperation
@@ -233,8 +233,8 @@ class Team(LightningModule):
         if describe is None:
             return
         description = describe()
-        self._classes = description["classes"]
-        self._check_classes(self.run.get("classes"))
+        self._data = description
+        self._check_data(self.run)
         if stage == "fit":
             self.run |= description
 
@@ -258,7 +258,7 @@ class Team(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over the values about the run that the team does not know yet, and its seed."""
         saved = checkpoint.get(RUN_KEY) or {}
-        self._check_classes(saved.get("classes"))
+        self._check_data(saved)
         self.run = saved | self.run
         if isinstance(seed := saved.get("seed"), int):
             self._run_seed = abs(seed)
@@ -282,18 +282,34 @@ class Team(LightningModule):
         if checkpoint["global_step"]:
             drop_finders(self.trainer)
 
-    def _check_classes(self, trained: list[str] | None) -> None:
+    def _check_data(self, run: Mapping[str, Any]) -> None:
+        """Compares the data with that of a run, by its classes and its preprocessing."""
+        self._check_classes(run.get("classes"), self._data.get("classes"))
+        trained, now = run.get("preprocessing"), self._data.get("preprocessing")
+        if not isinstance(trained, Mapping) or now is None:
+            return
+        names = [name for name in ("mean", "std", "bits") if trained.get(name) != now[name]]
+        if names:
+            rank_zero_warn(
+                "The team was trained, and predicts, with "
+                + ", ".join(f"{name} {trained.get(name)}" for name in names)
+                + "; this data has "
+                + ", ".join(f"{name} {now[name]}" for name in names)
+                + ". Accuracies may differ: set statistics or bits as in training."
+            )
+
+    def _check_classes(self, trained: list[str] | None, now: list[str] | None) -> None:
         """Refuses data with other classes than the team was trained on, by their names."""
-        if not trained or not self._classes or trained == self._classes:
+        if not trained or not now or trained == now:
             return
         unnamed = [str(label) for label in range(len(trained))]
-        if unnamed in (trained, self._classes):
+        if unnamed in (trained, now):
             return
-        gone = [name for name in trained if name not in self._classes]
-        new = [name for name in self._classes if name not in trained]
+        gone = [name for name in trained if name not in now]
+        new = [name for name in now if name not in trained]
         difference = f"missing: {_listed(gone)}; new: {_listed(new)}"
         if not gone and not new:
-            difference = f"the order is {_listed(self._classes)}, not {_listed(trained)}"
+            difference = f"the order is {_listed(now)}, not {_listed(trained)}"
         raise ValueError(
             f"The data has other classes than the team was trained on ({difference}). Name the "
             "classes as they were in training."

@@ -163,3 +163,10 @@ def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, conte
         assert Teammate.from_checkpoint(tmp_path / "team.ckpt").accuracy == {}
     except ValueError as error:
         assert "per_depth.json is not a report of a team" in str(error)  # noqa: PT017
+
+
+def test_data_with_other_statistics_is_said(cli, fitted, tmp_path):
+    """Those of ImageNet, while the team was trained with the data's own."""
+    options = ["--data.root", fitted / "moved", "--data.statistics", "imagenet"]
+    with pytest.warns(UserWarning, match=r"predicts, with mean .*; this data has mean \[0\.485"):
+        cli(tmp_path, "test", "--ckpt_path", fitted / CHECKPOINT, *options, tiny=False)
