@@ -5,6 +5,7 @@ from importlib.metadata import version
 from teamnet_pl.backbones import BackboneConfig
 from teamnet_pl.cooperation import Cooperation, LeaderConfig, Team, TeammateConfig
 from teamnet_pl.elastic import Depth, ElasticNet
+from teamnet_pl.errors import TeamNetError
 
 __all__ = [
     "BackboneConfig",
@@ -13,6 +14,7 @@ __all__ = [
     "ElasticNet",
     "LeaderConfig",
     "Team",
+    "TeamNetError",
     "TeammateConfig",
 ]
 

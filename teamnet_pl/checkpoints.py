@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from teamnet_pl.atomic import replacing
+from teamnet_pl.errors import TeamNetError
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -47,12 +48,12 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # the unpickler raises whatever a hostile file makes it raise
         reason = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
-        raise ValueError(
+        raise TeamNetError(
             f"{path} is not a checkpoint, or is damaged: it does not load as tensors and plain "
             f"values ({type(error).__name__}{reason}). Use another copy of the file."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(
+        raise TeamNetError(
             f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict."
         )
     return content
@@ -87,7 +88,7 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
     for name, weight in weights.items():
         if not weight.isfinite().all():
             wrong = int((~weight.isfinite()).sum())
-            raise ValueError(
+            raise TeamNetError(
                 f"{source} has weights that are infinite or NaN: {wrong:,} of {weight.numel():,} "
                 f"values of {name}, the first such tensor. Use a checkpoint from before they were."
             )
@@ -152,7 +153,7 @@ def no_larger_than(size: int, source: object) -> Iterator[None]:
             return
         left -= parameter.numel()
         if left < 0:
-            raise ValueError(
+            raise TeamNetError(
                 f"{source} names a net that is larger than the {size:,} weights that it holds."
             )
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from teamnet_pl.errors import TeamNetError
+
 _NUMBER = (int, float, type(None))
 _INTEGER = (int, type(None))
 _SWITCH = (bool, type(None))
@@ -80,19 +82,21 @@ def check_settings(source: object, settings: object) -> dict[str, Any]:
         ValueError: If there are others, or one is not a number, a switch or a word.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("trainer", {}), Mapping):
-        raise ValueError(f"{source}: settings must be a mapping, found {settings!r}.")
+        raise TeamNetError(f"{source}: settings must be a mapping, found {settings!r}.")
     trainer = settings.get("trainer", {})
     known = {f"trainer.{name}": kind for name, kind in _TRAINER.items()} | _RUN
     values = {f"trainer.{name}": value for name, value in trainer.items()}
     values |= {name: value for name, value in settings.items() if name != "trainer"}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(
+            raise TeamNetError(
                 f"{source} sets {name}, which no checkpoint may. Give the options of the run "
                 "yourself, or use another copy of the file."
             )
         if not _fits(value, known[name]):
-            raise ValueError(f"{source}: {name} cannot be {value!r}. Use another copy of the file.")
+            raise TeamNetError(
+                f"{source}: {name} cannot be {value!r}. Use another copy of the file."
+            )
     return {**settings, "trainer": dict(trainer)}
 
 

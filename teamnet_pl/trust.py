@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from teamnet_pl.errors import TeamNetError
+
 _LIBRARIES = ("cifar/", "torchvision/", "timm/")
 _DATA_CLASS = re.compile(r"teamnet_pl\.data\.[A-Za-z]\w*")
 _TRANSFORM_CLASS = re.compile(r"torchvision\.transforms\.v2\.[A-Za-z]\w*")
@@ -42,7 +44,7 @@ def naming(source: object) -> Iterator[None]:
         if isinstance(error, FileNotFoundError | ValueError) and str(source) in str(error):
             raise
         kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
-        raise ValueError(f"{source} cannot be used{kind}: {error}") from error
+        raise TeamNetError(f"{source} cannot be used{kind}: {error}") from error
 
 
 class Trust:
@@ -76,7 +78,7 @@ class Trust:
             ValueError: If it is an import path that is not trusted, or not a text.
         """
         if not isinstance(name, str):
-            raise ValueError(f"{self.source}: {key} must be a text, found {name!r}.")
+            raise TeamNetError(f"{self.source}: {key} must be a text, found {name!r}.")
         if not name.startswith(_LIBRARIES):
             self._refuse(key, name, f"the backbone {name} by its import path, which runs code")
 
@@ -97,7 +99,9 @@ class Trust:
                 self._refuse(f"{key}.class_path", name, f"the class {name}, which runs code")
             for name, inner in value.items():
                 if not isinstance(name, str):
-                    raise ValueError(f"{self.source}: {key} has a name that is not a text: {name}.")
+                    raise TeamNetError(
+                        f"{self.source}: {key} has a name that is not a text: {name}."
+                    )
                 self.check_plain(f"{key}.{name}", inner)
         elif isinstance(value, list | tuple):
             for inner in value:
@@ -110,7 +114,7 @@ class Trust:
             if nested:
                 self._refuse(key, value, f"a list or mapping as the text {value!r}")
         elif not isinstance(value, int | float | bool | None):
-            raise ValueError(
+            raise TeamNetError(
                 f"{self.source}: {key} must be a plain value, found a {type(value).__name__}."
             )
 
@@ -124,12 +128,12 @@ class Trust:
             ValueError: If it is not of that form, or names something that is not trusted.
         """
         if not isinstance(data, Mapping) or not data.keys() <= {"class_path", "init_args"}:
-            raise ValueError(
+            raise TeamNetError(
                 f"{self.source}: data must be a mapping of class_path and init_args, found {data}."
             )
         name, arguments = data.get("class_path"), data.get("init_args", {})
         if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            raise ValueError(
+            raise TeamNetError(
                 f"{self.source}: data must have a text as class_path and a mapping as init_args, "
                 f"found {name!r} and {arguments!r}."
             )
@@ -167,7 +171,7 @@ class Trust:
             # A function or class by its import path, or a file with one.
             self._refuse(key, value, f"{value!r} as an argument of a transform")
         elif not isinstance(value, str | int | float | bool | None):
-            raise ValueError(
+            raise TeamNetError(
                 f"{self.source}: {key} must be a plain value, found a {type(value).__name__}."
             )
 
@@ -183,7 +187,7 @@ class Trust:
     def _refuse(self, key: str, value: object, name: str) -> None:
         if self.trust_import or (key in self.given and self.given[key] == value):
             return
-        raise ValueError(
+        raise TeamNetError(
             f"{self.source} names {name} ({key}). If you trust the file as you do code, pass "
             "--trust_import true (in Python: trust_import=True), or give the same value yourself."
         )

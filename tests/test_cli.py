@@ -12,6 +12,7 @@ import yaml
 import teamnet_pl
 from teamnet_pl import Team
 from teamnet_pl.cli import main
+from tests.helpers.teams import make_digits, make_trainer
 
 OPTION = "--data.init_args.batch_size"
 BEST = "logs/version_0/checkpoints/best.ckpt"
@@ -59,12 +60,12 @@ def best(fitted):
     return fitted / BEST
 
 
-def test_fit_trains_validates_and_tests(fitted, best, tiny):
+def test_fit_trains_validates_and_tests(fitted, best):
     found = metrics(fitted)
     assert found["step"] == 2
     team = Team.load_from_checkpoint(best)
-    data = tiny.digits(batch_size=50)
-    trainer = tiny.trainer(fitted, limit_val_batches=1.0)
+    data = make_digits(batch_size=50)
+    trainer = make_trainer(fitted, limit_val_batches=1.0)
     for split, evaluate in (("val", trainer.validate), ("test", trainer.test)):
         (expected,) = evaluate(team, data, verbose=False)
         assert measured(found, split) == pytest.approx(expected, abs=1e-5)
@@ -132,11 +133,11 @@ def test_the_saved_config_is_that_of_the_last_run_in_a_folder(cli, tmp_path):
     assert config(tmp_path)["data"]["init_args"]["batch_size"] == 30
 
 
-def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path, tiny):
+def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path):
     cli(tmp_path, "predict", "--ckpt_path", best, tiny=False)
     with open(best.parent / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    data = tiny.digits(batch_size=400)
+    data = make_digits(batch_size=400)
     data.setup("predict")
     images = data.normalize(next(iter(data.predict_dataloader()))[0])
     team = Team.load_from_checkpoint(best).eval()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from teamnet_pl.errors import TeamNetError
+
 
 class CifarResNet(nn.Module):
     """ResNet-20, -32, -44, -56, -110 for images of about 32², with a stem that does not downsample.
@@ -36,7 +38,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"The depth of a CIFAR ResNet is 6n + 2 (20, 32, ...), found {depth}.")
+            raise TeamNetError(
+                f"The depth of a CIFAR ResNet is 6n + 2 (20, 32, ...), found {depth}."
+            )
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

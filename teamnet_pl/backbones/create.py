@@ -19,6 +19,7 @@ from teamnet_pl.backbones.cifar_resnet import CifarResNet
 from teamnet_pl.backbones.from_torchvision import small_image_resnet, torchvision_model
 from teamnet_pl.backbones.wide_resnet import WideResNet
 from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.errors import TeamNetError
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # not in Python 3.10's typing
@@ -114,7 +115,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
     try:
         backbone = factory(**{**arguments, **config.options})
     except TypeError as error:
-        raise ValueError(
+        raise TeamNetError(
             f"The backbone {config.name} cannot be made with the options {config.options}: {error}."
         ) from error
     if config.checkpoint is not None:
@@ -143,7 +144,7 @@ def _partial(factory: Callable[..., nn.Module], **fixed: Any) -> Callable[..., n
 def _unknown(name: str, known: Iterable[str]) -> NoReturn:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
-    raise ValueError(
+    raise TeamNetError(
         f"There is no backbone {name!r}. Did you mean {', '.join(close)}? A backbone is "
         "cifar/<model>, torchvision/<model>, timm/<model> or an import path."
     )
@@ -164,7 +165,7 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     try:
         factory: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise TeamNetError(
             f"The backbone {path!r} cannot be imported: {error}. A backbone is cifar/<model>, "
             "torchvision/<model>, timm/<model> or an import path such as my_package.MyNet."
         ) from error
@@ -182,7 +183,7 @@ def _load(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: i
         backbone.load_state_dict(adapt_weights(backbone, weights, num_classes, path))
     except (AttributeError, RuntimeError) as error:
         top = sorted({str(name).partition(".")[0] for name in state})
-        raise ValueError(
+        raise TeamNetError(
             f"The weights in {path} do not fit {config.name} (prefix {prefix!r}; names in the file "
             f"begin with {', '.join(top)}): {error}"
         ) from error

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models.resnet import conv3x3
 
 from teamnet_pl.backbones.adapting import adapt_channels, adapt_classes
+from teamnet_pl.errors import TeamNetError
 
 
 def torchvision_model(
@@ -34,7 +35,7 @@ def torchvision_model(
             pretrained = torchvision.models.get_model_weights(name).verify(weights)
         except KeyError as error:
             names = ", ".join(torchvision.models.get_model_weights(name).__members__)
-            raise ValueError(
+            raise TeamNetError(
                 f"torchvision has no weights {weights!r} of {name}: choose DEFAULT or one of "
                 f"{names}."
             ) from error

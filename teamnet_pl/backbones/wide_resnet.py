@@ -6,6 +6,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
+from teamnet_pl.errors import TeamNetError
+
 
 class WideBlock(nn.Module):
     """Two convolutions, each after a batch norm and a ReLU; nothing follows the addition."""
@@ -62,7 +64,9 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise ValueError(f"The depth of a wide ResNet is 6n + 4 (16, 28, ...), found {depth}.")
+            raise TeamNetError(
+                f"The depth of a wide ResNet is 6n + 4 (16, 28, ...), found {depth}."
+            )
         self.conv1 = conv3x3(in_channels, 16)
         self.layer1 = _stage(blocks, 16, 16 * width, 1, dropout)
         self.layer2 = _stage(blocks, 16 * width, 32 * width, 2, dropout)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from teamnet_pl.atomic import replacing
 from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.errors import TeamNetError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -136,7 +137,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         super().__init__()
         if every_n_train_steps < 0:
-            raise ValueError(
+            raise TeamNetError(
                 f"every_n_train_steps must be 0 (off) or positive, found {every_n_train_steps}."
             )
         self.dirpath = dirpath

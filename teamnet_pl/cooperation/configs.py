@@ -13,6 +13,7 @@ from teamnet_pl.backbones import BackboneConfig
 from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
 from teamnet_pl.cooperation.transfers import Cooperation
 from teamnet_pl.elastic import DepthPolicy, DepthSpec
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
 
 Config = TypeVar("Config")
@@ -83,14 +84,16 @@ def restore_config(kind: type[Config], key: str, values: object, trust: Trust) -
         ValueError: If the values are not a mapping, do not fit the fields, or are not trusted.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{trust.source}: {key} must be a mapping, found {values!r}.")
+        raise TeamNetError(f"{trust.source}: {key} must be a mapping, found {values!r}.")
     trust.check_plain(key, values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "config")
     try:
         config: Config = parser.instantiate(parser.parse_object({"config": dict(values)})).config
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{trust.source}: {key} does not hold what it should: {error}") from error
+        raise TeamNetError(
+            f"{trust.source}: {key} does not hold what it should: {error}"
+        ) from error
     return config
 
 
@@ -129,7 +132,7 @@ def restore_arguments(
     """
     accepted = inspect.signature(kind).parameters
     if unknown := [str(name) for name in hyper_parameters if name not in accepted]:
-        raise ValueError(
+        raise TeamNetError(
             f"{trust.source} holds arguments that {kind.__name__} does not take: "
             f"{', '.join(unknown)}. Load it by the class that saved it."
         )

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.errors import TeamNetError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class OptimizerConfig:
         known = list_optimizers()
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
-            raise ValueError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
+            raise TeamNetError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
         self.create(nn.Linear(1, 1))  # so that wrong arguments are found now
 
     def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
@@ -69,7 +70,7 @@ class OptimizerConfig:
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
             if ignored.get(option):
-                raise ValueError(f"The optimiser {self.name} has no option {option!r}.")
+                raise TeamNetError(f"The optimiser {self.name} has no option {option!r}.")
         grouping = {key: value for key, value in self.options.items() if key in _GROUPING}
         options = {key: value for key, value in self.options.items() if key not in _GROUPING}
         try:
@@ -81,11 +82,11 @@ class OptimizerConfig:
                 **options,
             )
         except TypeError as error:
-            raise ValueError(
+            raise TeamNetError(
                 f"The optimiser {self.name} does not take the options {self.options}: {error}."
             ) from error
         except AssertionError as error:  # of those from bitsandbytes and Apex
-            raise ValueError(f"The optimiser {self.name} cannot run here: {error}.") from error
+            raise TeamNetError(f"The optimiser {self.name} cannot run here: {error}.") from error
         return optimizer
 
     def _groups(
@@ -180,7 +181,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the training in [0, 1), found {self.warmup}.")
+            raise TeamNetError(f"warmup is a share of the training in [0, 1), found {self.warmup}.")
 
     def factor(self, step: int, steps: int) -> float:
         """Learning rate at a step as a share of the peak.

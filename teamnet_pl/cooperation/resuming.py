@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim import Optimizer
 
+from teamnet_pl.errors import TeamNetError
+
 _TEAM = ("num_classes", "input_shape", "leader", "a", "b")
 _CHANGEABLE = ("grad_checkpointing",)  # which changes no result
 
@@ -29,7 +31,7 @@ def check_resumable(checkpoint: Mapping[str, Any], values: Mapping[str, Any]) ->
         ValueError: If it cannot.
     """
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
-        raise ValueError(
+        raise TeamNetError(
             "The checkpoint holds weights alone, without the state of the optimiser, and cannot be "
             "resumed: resume another one, or start a new training from its weights "
             "(--model.a.checkpoint FILE and so on)."
@@ -50,7 +52,7 @@ def _check_same(name: str, saved: Any, value: Any) -> None:
             if key not in _CHANGEABLE:
                 _check_same(f"{name}.{key}", saved.get(key), value.get(key))
     elif _plain(saved) != _plain(value):
-        raise ValueError(
+        raise TeamNetError(
             f"The checkpoint is of a training with another {name}: {saved} there, {value} here. "
             "Resume with the same, or start a new training from its weights "
             "(--model.a.checkpoint FILE and so on)."
@@ -75,7 +77,7 @@ def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
     saved = state["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, fresh.param_groups)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise TeamNetError(
             f"The optimiser of the checkpoint has groups of {sizes[0]} parameters, and with these "
             f"options of {sizes[1]}: resume with the weight_decay of the checkpoint."
         )

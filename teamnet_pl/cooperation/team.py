@@ -46,6 +46,7 @@ from teamnet_pl.cooperation.resuming import (
 )
 from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, naming
 
@@ -112,11 +113,11 @@ class Team(LightningModule):
     ) -> None:
         super().__init__()
         if on_non_finite not in ("raise", "skip"):
-            raise ValueError(f"on_non_finite must be raise or skip, found {on_non_finite!r}.")
+            raise TeamNetError(f"on_non_finite must be raise or skip, found {on_non_finite!r}.")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
+            raise TeamNetError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
         if num_classes < 2:
-            raise ValueError(f"There must be at least 2 classes, found {num_classes}.")
+            raise TeamNetError(f"There must be at least 2 classes, found {num_classes}.")
         # Plain values alone, so that a checkpoint loads without running pickled code; it brings
         # all weights along, so what they started from is not needed again.
         self.save_hyperparameters(
@@ -218,7 +219,7 @@ class Team(LightningModule):
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
-            raise ValueError(
+            raise TeamNetError(
                 "BackboneFinetuning unfreezes the one `backbone` of a module, and a team has "
                 "several: freeze the Leader by model.leader.frozen, or write a BaseFinetuning of "
                 "your own for the modules in `team.backbones()`."
@@ -275,7 +276,7 @@ class Team(LightningModule):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         done -= any(isinstance(each, StochasticWeightAveraging) for each in callbacks)
         if 0 <= (self._epochs or 0) < done:
-            raise ValueError(
+            raise TeamNetError(
                 f"The checkpoint has been trained for {done} epochs, more than the {self._epochs} "
                 "that were asked for: give more (--trainer.max_epochs)."
             )
@@ -310,7 +311,7 @@ class Team(LightningModule):
         difference = f"missing: {_listed(gone)}; new: {_listed(new)}"
         if not gone and not new:
             difference = f"the order is {_listed(now)}, not {_listed(trained)}"
-        raise ValueError(
+        raise TeamNetError(
             f"The data has other classes than the team was trained on ({difference}). Name the "
             "classes as they were in training."
         )
@@ -453,7 +454,7 @@ class Team(LightningModule):
     def _refuse_step(self, problem: str) -> None:
         """Raises, or warns where such steps are skipped."""
         if self.on_non_finite == "raise":
-            raise ValueError(
+            raise TeamNetError(
                 f"Step {self.global_step}: {problem}, so training stops before it. Lower the "
                 "learning rate, clip gradients (gradient_clip_val), or have such steps skipped "
                 "(on_non_finite: skip)."
@@ -565,14 +566,14 @@ def team_content(
     values, weights = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     required = {"num_classes", "input_shape", "a", "b"}
     if not isinstance(values, Mapping) or not required <= values.keys():
-        raise ValueError(
+        raise TeamNetError(
             f"{source} is not a checkpoint of a team: it holds "
             f"{', '.join(map(str, checkpoint))}. Give one that teamnet fit saved."
         )
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
     ):
-        raise ValueError(f"{source} does not hold weights (state_dict): use another copy of it.")
+        raise TeamNetError(f"{source} does not hold weights (state_dict): use another copy of it.")
     check_task(source, values["num_classes"], values["input_shape"])
     return dict(values), dict(weights)
 
@@ -589,13 +590,13 @@ def check_task(source: object, num_classes: object, input_shape: object) -> None
         ValueError: If they are not.
     """
     if type(num_classes) is not int or num_classes < 2:
-        raise ValueError(f"{source}: num_classes must be 2 or more, found {num_classes!r}.")
+        raise TeamNetError(f"{source}: num_classes must be 2 or more, found {num_classes!r}.")
     if (
         not isinstance(input_shape, list | tuple)
         or len(input_shape) != 3
         or any(type(size) is not int or size < 1 for size in input_shape)
     ):
-        raise ValueError(
+        raise TeamNetError(
             f"{source}: input_shape must be (channels, height, width), found {input_shape!r}."
         )
 
@@ -617,7 +618,7 @@ def load_weights(
     try:
         module.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
-        raise ValueError(f"The weights in {source} are not those of its team: {error}") from error
+        raise TeamNetError(f"The weights in {source} are not those of its team: {error}") from error
 
 
 def _listed(names: list[str]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from torch import Tensor
 
+from teamnet_pl.errors import TeamNetError
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -23,9 +25,9 @@ class Edge:
 
     def __post_init__(self) -> None:
         if self.weight < 0:
-            raise ValueError(f"A transfer's weight must not be negative, found {self.weight}.")
+            raise TeamNetError(f"A transfer's weight must not be negative, found {self.weight}.")
         if self.temperature <= 0:
-            raise ValueError(f"A transfer's temperature must be > 0, found {self.temperature}.")
+            raise TeamNetError(f"A transfer's temperature must be > 0, found {self.temperature}.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Cooperation:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ramp <= 1:
-            raise ValueError(f"The ramp is a share of the training, 0 to 1; found {self.ramp}.")
+            raise TeamNetError(f"The ramp is a share of the training, 0 to 1; found {self.ramp}.")
 
     def transfers(
         self, teammates: dict[str, Sequence[str]], has_leader: bool
@@ -108,7 +110,7 @@ class Cooperation:
             teacher = deepest.get(own.teacher, own.teacher)
             student = deepest.get(own.student, own.student)
             if teacher not in teachers or student not in members or teacher == student:
-                raise ValueError(
+                raise TeamNetError(
                     f"There is no transfer {own}: a teacher is one of {', '.join(sorted(teachers))}"
                     f" and a student another of {', '.join(sorted(members))}."
                 )

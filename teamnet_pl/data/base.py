@@ -28,6 +28,7 @@ from teamnet_pl.data.loading import (
     TransformedSubset,
 )
 from teamnet_pl.data.preprocessing import PreprocessingConfig, describe_transform
+from teamnet_pl.errors import TeamNetError
 
 Split = Literal["train", "val", "test"]
 
@@ -126,20 +127,20 @@ class ImageDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise TeamNetError(f"batch_size must be at least 1, got {batch_size}.")
         if val_fraction is not None:
             check_fraction("val_fraction", val_fraction)
         if train_size is not None and train_size < 1:
-            raise ValueError(
+            raise TeamNetError(
                 f"train_size must be at least 1, got {train_size}. For all images, leave it out."
             )
         if not 0 <= split_seed < 2**32:
-            raise ValueError(f"split_seed must be in [0, 2**32), got {split_seed}.")
+            raise TeamNetError(f"split_seed must be in [0, 2**32), got {split_seed}.")
         if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
+            raise TeamNetError(f"num_workers must be 0 or more, got {num_workers}.")
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if not 0 <= alpha < float("inf"):
-                raise ValueError(f"{name} must be 0 (off) or positive, got {alpha}.")
+                raise TeamNetError(f"{name} must be 0 (off) or positive, got {alpha}.")
         self.batch_size = batch_size
         self._given_batch_size = batch_size  # which BatchSizeFinder may change
         self.val_fraction = val_fraction
@@ -239,7 +240,7 @@ class ImageDataModule(LightningDataModule, ABC):
         seed = state_dict["seed"]
         given, searched = state_dict.get("batch_size", [None, self.batch_size])
         if not type(seed) is type(searched) is int or searched < 1:
-            raise ValueError(
+            raise TeamNetError(
                 "The checkpoint's state of the data must have a whole number as seed and as "
                 f"batch_size, found {seed!r} and {searched!r}."
             )
@@ -301,12 +302,12 @@ class ImageDataModule(LightningDataModule, ABC):
         name = {"train": "training", "val": "validation", "test": "test"}[split]
         where = f"{type(self).__name__}, {name} split"
         if (images := len(dataset)) != len(labels):  # type: ignore[arg-type]
-            raise ValueError(f"{where}: {images} images but {len(labels)} labels.")
+            raise TeamNetError(f"{where}: {images} images but {len(labels)} labels.")
         if not images:
-            raise ValueError(f"{where}: there is no image in it.")
+            raise TeamNetError(f"{where}: there is no image in it.")
         wrong = np.unique(labels[(labels < 0) | (labels >= self.num_classes)])
         if len(wrong):
-            raise ValueError(
+            raise TeamNetError(
                 f"{where}: labels must be in 0..{self.num_classes - 1}, found {wrong.tolist()}. "
                 "The label file is damaged or belongs to another dataset."
             )
@@ -330,7 +331,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self, indices: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], size: int
     ) -> npt.NDArray[np.int64]:
         if not (classes := len(np.unique(labels))) <= size <= len(indices):
-            raise ValueError(
+            raise TeamNetError(
                 f"train_size must be between {classes} (one image a class) and {len(indices)} (the "
                 f"training split less the validation set), got {size}."
             )
@@ -362,7 +363,7 @@ class ImageDataModule(LightningDataModule, ABC):
         assert sample is not None  # as it is asked for with a seed
         shape = tuple(sample[0].shape)
         if shape != self.input_shape:
-            raise ValueError(
+            raise TeamNetError(
                 f"{type(self).__name__}: {transform} gives an image of shape {shape}, but "
                 f"input_shape is {self.input_shape}. The transform has to crop or resize to it."
             )
@@ -414,7 +415,7 @@ def check_fraction(name: str, fraction: float) -> None:
         ValueError: The fraction isn't strictly between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"{name} must be strictly between 0 and 1, got {fraction}.")
+        raise TeamNetError(f"{name} must be strictly between 0 and 1, got {fraction}.")
 
 
 def stratified_split(
@@ -441,7 +442,7 @@ def stratified_split(
         )
     except ValueError as error:
         classes, counts = np.unique(labels, return_counts=True)
-        raise ValueError(
+        raise TeamNetError(
             f"Can't split {len(labels)} samples of {len(classes)} classes, {counts.min()} in the "
             f"smallest, by label with {name}={fraction}: {error} Use another fraction or more "
             "samples."

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import SmallImages
+from teamnet_pl.errors import TeamNetError
 
 
 class SmallPhotos(SmallImages):
@@ -44,7 +45,7 @@ class SmallPhotos(SmallImages):
         try:
             images, targets = self.read(split)
         except RuntimeError as error:
-            raise ValueError(
+            raise TeamNetError(
                 f"One of {', '.join(map(str, files.values()))} is damaged, by its checksum. Delete "
                 "them and get them again."
             ) from error

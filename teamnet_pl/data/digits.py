@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import ImageDataModule, Split, check_fraction, stratified_split
+from teamnet_pl.errors import TeamNetError
 
 _SIZE = 8
 _TEST_SPLIT_SEED = 0
@@ -44,7 +45,7 @@ class Digits(ImageDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if image_size < _SIZE:
-            raise ValueError(f"image_size must be at least {_SIZE}, got {image_size}.")
+            raise TeamNetError(f"image_size must be at least {_SIZE}, got {image_size}.")
         check_fraction("test_fraction", test_fraction)
         self.image_size = image_size
         self.test_fraction = test_fraction

@@ -8,6 +8,7 @@ from typing import Any
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import ImageDataModule
+from teamnet_pl.errors import TeamNetError
 
 
 class DownloadedImages(ImageDataModule):
@@ -103,7 +104,7 @@ class SmallImages(DownloadedImages):
     def __init__(self, *, image_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}.")
+            raise TeamNetError(f"image_size must be at least 1, got {image_size}.")
         self.image_size = image_size
         channels, height, width = self.stored_shape
         self.input_shape = (channels, image_size or height, image_size or width)

@@ -11,6 +11,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.images import EncodedImageDataModule, ImageFiles
+from teamnet_pl.errors import TeamNetError
 
 
 def classes_in(folder: Path) -> list[str]:
@@ -54,7 +55,7 @@ def files_by_class(
         ValueError: There is a folder of another name.
     """
     if unknown := sorted(set(classes_in(folder)) - set(classes)):
-        raise ValueError(
+        raise TeamNetError(
             f"{folder} has folders for other classes than the training images have: "
             f"{', '.join(unknown)}."
         )
@@ -84,7 +85,7 @@ def check_count(folder: Path, images: list[str], expected: int) -> None:
         ValueError: There are more or fewer.
     """
     if len(images) != expected:
-        raise ValueError(
+        raise TeamNetError(
             f"{folder} has {len(images)} images, not {expected}: delete it and get it again. A "
             "part of a dataset can be used by ImageFolder."
         )
@@ -132,7 +133,7 @@ class ImageFolder(EncodedImageDataModule):
         root = Path(root).expanduser()
         names = [name for name in _VAL_NAMES if (root / name).is_dir()] if val is None else [val]
         if len(names) > 1:
-            raise ValueError(
+            raise TeamNetError(
                 f"{root} has the folders {' and '.join(names)}: set val to the one with the "
                 "validation images."
             )
@@ -208,7 +209,7 @@ class ImageNet(EncodedImageDataModule):
         folder = self.root / ("train" if split == "train" else "val")
         classes = classes_in(folder)
         if len(classes) != self.num_classes:
-            raise ValueError(f"{folder} has {len(classes)} folders, not {self.num_classes}.")
+            raise TeamNetError(f"{folder} has {len(classes)} folders, not {self.num_classes}.")
         self.classes = classes
         paths, labels = files_by_class(folder, classes)
         check_count(folder, paths, self.images[split])
@@ -312,7 +313,7 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
             return ImageFiles(paths, labels, 3, self.fixed_size), labels
         lines = [line.split("\t") for line in annotations.read_text().splitlines()]
         if unknown := {line[1] for line in lines} - set(classes):
-            raise ValueError(
+            raise TeamNetError(
                 f"{annotations} names classes that {train} doesn't have: "
                 f"{', '.join(sorted(unknown))}."
             )

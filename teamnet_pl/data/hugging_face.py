@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.images import EncodedImageDataModule, EncodedImages
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 
@@ -127,7 +128,7 @@ class HuggingFace(EncodedImageDataModule):
         elif values.dtype.kind in "iu" and values.ndim == 1:
             self.num_classes = int(values.max()) + 1
         else:
-            raise ValueError(
+            raise TeamNetError(
                 f"label_column {self.label_column!r} of {path} must hold a class, an integer or a "
                 f"text in each row, found {kind}."
             )
@@ -138,7 +139,7 @@ class HuggingFace(EncodedImageDataModule):
         labels = self._labels(split)
         if self.texts is not None:
             if unknown := sorted(set(labels.tolist()) - set(self.texts)):
-                raise ValueError(
+                raise TeamNetError(
                     f"Split {self.split_names[split]!r} of {self.path} has labels that the "
                     f"training images don't have: {', '.join(unknown)}."
                 )
@@ -149,7 +150,7 @@ class HuggingFace(EncodedImageDataModule):
     def _rows(self, split: Split) -> Any:
         name = self.split_names[split]
         if name not in self.splits:
-            raise ValueError(
+            raise TeamNetError(
                 f"{self.path} has no split {name!r}, but {', '.join(self.splits)}: set {split}."
             )
         return self.splits[name]
@@ -176,4 +177,4 @@ def _column(argument: str, given: str | None, found: list[str], features: dict[s
     if given is None and len(found) == 1:
         return found[0]
     columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
-    raise ValueError(f"Set {argument} to one of the columns {columns}, got {given}.")
+    raise TeamNetError(f"Set {argument} to one of the columns {columns}, got {given}.")

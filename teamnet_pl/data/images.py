@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.base import ImageDataModule, Split
 from teamnet_pl.data.loading import Skipped, TransformedSubset, UnreadableImageError
+from teamnet_pl.errors import TeamNetError
 
 # Of ImageNet's training images; torchvision's and timm's weights are trained with these.
 _IMAGENET: tuple[Sequence[float], Sequence[float]] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -154,7 +155,7 @@ def read_image(
         with Image.open(source, formats=FORMATS) as opened:
             width, height = opened.size
             if max_pixels is not None and width * height > max_pixels:
-                raise ValueError(f"it has {width}x{height} pixels, {max_pixels:,} are allowed")
+                raise TeamNetError(f"it has {width}x{height} pixels, {max_pixels:,} are allowed")
             return upright(opened, channels, bits)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
@@ -186,7 +187,7 @@ def upright(image: Image.Image, channels: int, bits: int = 16) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if (largest := int(values.max())) >= 2**bits:
-            raise ValueError(
+            raise TeamNetError(
                 f"an image has the value {largest}, which takes more than {bits} bits: set bits to "
                 "the number of bits that hold values in all images"
             )
@@ -199,7 +200,7 @@ def upright(image: Image.Image, channels: int, bits: int = 16) -> Image.Image:
 def _check_mode(image: Image.Image) -> None:
     sixteen_bits = image.mode == "I" and image.format == "PNG"  # older versions of Pillow
     if image.mode == "F" or (image.mode == "I" and not sixteen_bits):
-        raise ValueError(
+        raise TeamNetError(
             f"an image has 32 bits a pixel (Pillow's mode {image.mode}), of which the range isn't "
             "known. Convert it to 8 or 16 bits."
         )
@@ -324,9 +325,9 @@ class EncodedImageDataModule(ImageDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}.")
+            raise TeamNetError(f"image_size must be at least 1, got {image_size}.")
         if bits is not None and not 8 <= bits <= 16:
-            raise ValueError(f"bits must be in 8..16, got {bits}.")
+            raise TeamNetError(f"bits must be in 8..16, got {bits}.")
         self.given_bits = bits
         self.bits = bits or 16
         self.image_size = image_size
@@ -350,7 +351,7 @@ class EncodedImageDataModule(ImageDataModule):
             sizes = {(self.image_size, self.image_size)}
         if len(sizes) > 1:
             examples = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)[:3])
-            raise ValueError(
+            raise TeamNetError(
                 f"{type(self).__name__}: images differ in size ({examples}, ...): set image_size."
             )
         self.input_shape = (channels, *sizes.pop())
@@ -418,7 +419,7 @@ class EncodedImageDataModule(ImageDataModule):
             self.mean, self.std = ((sum(values) / 3,) for values in _IMAGENET)
         for name in ("mean", "std"):
             if (values := len(getattr(self, name))) != channels:
-                raise ValueError(
+                raise TeamNetError(
                     f"statistics.{name} must have a value for each of {channels} channels, "
                     f"got {values}."
                 )

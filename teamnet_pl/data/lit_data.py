@@ -23,6 +23,7 @@ from teamnet_pl.data.images import (
     upright,
 )
 from teamnet_pl.data.loading import EpochSampler, TransformedSubset
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 _BLOCK = 256  # images that are shuffled together, as litdata reads so many rows at once
@@ -80,7 +81,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
         except TypeError:
             number = -1
         if not 0 <= number < self.num_classes:
-            raise ValueError(
+            raise TeamNetError(
                 f"{name} must have a label in 0..{self.num_classes - 1}, found {label!r} "
                 f"({type(label).__name__})."
             )
@@ -113,7 +114,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
             except (FileNotFoundError, ModuleNotFoundError):
                 raise
             except Exception as error:  # whatever the store's client raises
-                raise ValueError(f"{self.address} can't be read by litdata: {error}") from error
+                raise TeamNetError(f"{self.address} can't be read by litdata: {error}") from error
             # Else each sample would read its whole chunk.
             loader.set_mmap_allowed_chunks(set(range(len(reader.region_of_interest))))
             # To get whole chunks: parts of some can't be had.
@@ -127,7 +128,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
         try:
             return self._reader()[place]
         except Exception as error:
-            raise ValueError(f"{name} can't be read by litdata: {error}") from error
+            raise TeamNetError(f"{name} can't be read by litdata: {error}") from error
 
     def _pair(self, name: str, sample: Any) -> tuple[Any, Any]:
         """Image and label of a sample."""
@@ -136,7 +137,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
         if isinstance(sample, (tuple, list)) and len(sample) == 2:
             return sample[0], sample[1]
         keys = f" of {', '.join(map(repr, sample))}" if isinstance(sample, dict) else ""
-        raise ValueError(
+        raise TeamNetError(
             f"{name} must be a pair (image, label) or a dict with {self.image_key!r} and "
             f"{self.label_key!r}, found a {type(sample).__name__}{keys}. Set image_key and "
             "label_key, or write the samples so."
@@ -166,7 +167,7 @@ class ChunkedImages(Dataset[tuple[Image.Image, int]]):
             found += f" of mode {value.mode}"
         elif isinstance(value, (np.ndarray, Tensor)):
             found += f" of {value.dtype} and shape {tuple(value.shape)}"
-        raise ValueError(
+        raise TeamNetError(
             f"{name} must have an image: an encoded one (bytes), one of Pillow's of mode L or RGB, "
             f"a uint8 array (H, W) or (H, W, C) or a uint8 tensor (C, H, W), found {found}."
         )
@@ -272,7 +273,9 @@ class LitData(EncodedImageDataModule):
         self.num_classes = num_classes
         self.classes = classes
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
+            raise TeamNetError(
+                f"There are {num_classes} classes, but {len(classes)} names of them."
+            )
         self.folders = {"train": train, "val": val, "test": test}
         self.keys = {"image_key": image_key, "label_key": label_key}
         self.cache_dir = cache_dir
@@ -307,7 +310,7 @@ class LitData(EncodedImageDataModule):
         self, split: Split, channels: int, size: tuple[int, int] | None = None
     ) -> ChunkedImages:
         if (address := self.folders[split]) is None:
-            raise ValueError(f"There are no {split} images: set {split}.")
+            raise TeamNetError(f"There are no {split} images: set {split}.")
         return ChunkedImages(
             address, self.num_classes, channels, size, **self.keys, cache_dir=self.cache_dir
         )
@@ -322,7 +325,7 @@ def _location(address: str) -> str:
     """
     if "://" in address:
         if not address.startswith(_STORES):
-            raise ValueError(
+            raise TeamNetError(
                 f"it must be a folder, or an address that starts with {', '.join(_STORES)}."
             )
         return address

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 
 
@@ -158,7 +159,7 @@ class ResumableLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]
         return DataLoader.__iter__(self)
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(TeamNetError):
     """An image that can't be read, by name."""
 
 

@@ -10,6 +10,7 @@ from torchvision.datasets.utils import check_integrity
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import DownloadedImages
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 
@@ -46,7 +47,7 @@ class MedMNIST(DownloadedImages):
             if "multi-label" not in info["task"] and not name.endswith("3d")
         }
         if name not in datasets:
-            raise ValueError(
+            raise TeamNetError(
                 f"name must be one of {', '.join(datasets)}, got {name!r}. Those in 3D or with "
                 "several labels an image are not for classifiers of images."
             )
@@ -79,7 +80,7 @@ class MedMNIST(DownloadedImages):
         """
         (path,) = self.files().values()
         if not check_integrity(path, self.info[f"MD5{self.suffix}"]):
-            raise ValueError(f"{path} is damaged, by its checksum. Delete it and get it again.")
+            raise TeamNetError(f"{path} is damaged, by its checksum. Delete it and get it again.")
         dataset = self._read(split)
         images = torch.from_numpy(dataset.imgs)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)

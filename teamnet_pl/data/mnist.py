@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import SmallImages
+from teamnet_pl.errors import TeamNetError
 
 _IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
@@ -72,7 +73,7 @@ class MNIST(SmallImages):
         images = _read(images_file, read_image_file)
         labels = _read(labels_file, read_label_file)
         if len(images) != len(labels):
-            raise ValueError(
+            raise TeamNetError(
                 f"{images_file} holds {len(images)} images but {labels_file} {len(labels)} labels. "
                 "One of them is damaged or of another dataset: get both again."
             )
@@ -177,7 +178,7 @@ def _read(path: Path, reader: Callable[[Path], Tensor]) -> Tensor:
         ValueError,
         zlib.error,
     ) as error:
-        raise ValueError(
+        raise TeamNetError(
             f"{path} is truncated or isn't the idx file it should be ({error!r}). Delete it and "
             "get it again."
         ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchvision.transforms import v2
 
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
 
 
@@ -41,23 +42,23 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         if self.transform is not None and not isinstance(self.transform, list):
-            raise ValueError(f"transform must be a list or None, found {self.transform!r}.")
+            raise TeamNetError(f"transform must be a list or None, found {self.transform!r}.")
         if len(self.input_shape) != 3 or min(self.input_shape) < 1:
-            raise ValueError(
+            raise TeamNetError(
                 "input_shape must be three positive numbers (channels, height, width), found "
                 f"{self.input_shape}."
             )
         channels = self.input_shape[0]
         numbers = [*self.mean, *self.std]
         if not len(self.mean) == len(self.std) == channels or not all(map(math.isfinite, numbers)):
-            raise ValueError(
+            raise TeamNetError(
                 f"mean and std must have a value for each of {channels} channels, found "
                 f"{self.mean} and {self.std}."
             )
         if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, found {self.std}.")
+            raise TeamNetError(f"std must be positive, found {self.std}.")
         if not 8 <= self.bits <= 16:
-            raise ValueError(f"bits must be in 8..16, found {self.bits}.")
+            raise TeamNetError(f"bits must be in 8..16, found {self.bits}.")
 
     def transforms(self, trust: Trust) -> list[v2.Transform]:
         """Makes the transforms.
@@ -69,7 +70,7 @@ class PreprocessingConfig:
             ValueError: If one is not to be trusted or cannot be made, or they are not known.
         """
         if self.transform is None:
-            raise ValueError(
+            raise TeamNetError(
                 f"{trust.source} does not hold the transforms of evaluation images, since they "
                 "are not plain values. Make a Predictor with a Preprocessing of your own."
             )
@@ -77,9 +78,9 @@ class PreprocessingConfig:
         try:
             made = [_make(transform) for transform in self.transform]
         except Exception as error:  # a constructor raises whatever its arguments make it raise
-            raise ValueError(f"{trust.source}: a transform cannot be made: {error!r}.") from error
+            raise TeamNetError(f"{trust.source}: a transform cannot be made: {error!r}.") from error
         if not all(map(callable, made)):
-            raise ValueError(f"{trust.source}: transforms must be callable, found {made}.")
+            raise TeamNetError(f"{trust.source}: transforms must be callable, found {made}.")
         return made
 
 
@@ -115,7 +116,9 @@ def describe_transform(transform: object) -> dict[str, Any]:
     arguments = {}
     for name in inspect.signature(kind).parameters:
         if not hasattr(transform, name):
-            raise ValueError(f"{kind.__name__} does not keep its argument {name} as an attribute.")
+            raise TeamNetError(
+                f"{kind.__name__} does not keep its argument {name} as an attribute."
+            )
         arguments[name] = _plain(getattr(transform, name), f"{kind.__name__}, argument {name}")
     return _described(transform, arguments)
 
@@ -136,4 +139,4 @@ def _plain(value: object, name: str) -> object:
         return [_plain(inner, name) for inner in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise ValueError(f"{name} is not a plain value: {value!r}.")
+    raise TeamNetError(f"{name} is not a plain value: {value!r}.")

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from teamnet_pl.data.base import ImageDataModule, Split
+from teamnet_pl.errors import TeamNetError
 
 
 class RandomImages(ImageDataModule):
@@ -38,7 +39,7 @@ class RandomImages(ImageDataModule):
         sizes |= zip(("channels", "height", "width"), input_shape, strict=True)
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+                raise TeamNetError(f"{name} must be at least 1, got {size}.")
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.images = {"train": train_images, "test": test_images}

@@ -23,6 +23,7 @@ from teamnet_pl.data.images import (
     read_image,
 )
 from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 from teamnet_pl.randomness import seeded
 
@@ -165,7 +166,7 @@ class TrainStream(ShardStream):
                     number += 1
                     yield (*decoded, own)
             if not found:
-                raise ValueError(f"There is no image in {', '.join(shards)}.")
+                raise TeamNetError(f"There is no image in {', '.join(shards)}.")
 
 
 class StreamLoader(Resumable):
@@ -249,11 +250,13 @@ class Shards(EncodedImageDataModule):
         )
         library = require("webdataset", "webdataset")
         if buffer < 1:
-            raise ValueError(f"buffer must be at least 1, got {buffer}.")
+            raise TeamNetError(f"buffer must be at least 1, got {buffer}.")
         self.num_classes = num_classes
         self.classes = classes
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
+            raise TeamNetError(
+                f"There are {num_classes} classes, but {len(classes)} names of them."
+            )
         self.input_shape = (channels, image_size, image_size)
         self.train_images = train_images
         self.buffer = buffer
@@ -286,13 +289,13 @@ class Shards(EncodedImageDataModule):
         processes, _ = self._processes()
         batches = self.train_images // (processes * self.batch_size)
         if batches < 1:
-            raise ValueError(
+            raise TeamNetError(
                 f"train_images must be at least one batch of each process, {processes} x "
                 f"{self.batch_size}, got {self.train_images}."
             )
         readers = processes * max(1, options["num_workers"])
         if len(self.shards["train"]) < readers:
-            raise ValueError(
+            raise TeamNetError(
                 f"There are {len(self.shards['train'])} training shards, but {readers} workers of "
                 "all processes, which need one each: set num_workers, or make more shards."
             )
@@ -315,7 +318,7 @@ class Shards(EncodedImageDataModule):
 
     def predict_dataloader(self) -> NoReturn:
         """Raises: predictions are listed by the index of the image, and there is none."""
-        raise ValueError(
+        raise TeamNetError(
             "Shards can't be predicted, as their images have no index: unpack them to a folder, "
             "for ImageFolder."
         )
@@ -339,16 +342,16 @@ class Shards(EncodedImageDataModule):
     def _stream(self, split: Split, transform: v2.Transform) -> ShardStream:
         """The stream of a split, whose first image is right."""
         if not (shards := self.shards[split]):
-            raise ValueError(f"There are no {split} shards: set {split}.")
+            raise TeamNetError(f"There are no {split} shards: set {split}.")
         if missing := self._missing(split):
             raise FileNotFoundError(f"There are no {split} shards {', '.join(missing)}.")
         stream = ShardStream(*self._share(split, transform))
         first = next(stream.encoded(shards), None)
         if first is None:
-            raise ValueError(f"There is no image in {', '.join(shards)}.")
+            raise TeamNetError(f"There is no image in {', '.join(shards)}.")
         sample = stream.decoded(first, seed=0)
         if sample is not None and (shape := tuple(sample[0].shape)) != self.input_shape:
-            raise ValueError(
+            raise TeamNetError(
                 f"Shards: the transform of {split} images gives one of shape {shape}, not "
                 f"{self.input_shape}. It has to crop or resize to it."
             )
@@ -362,7 +365,7 @@ def _samples(shard: str) -> Iterator[dict[str, Any]]:
         with library.gopen(shard) as stream:
             yield from library.tariterators.group_by_keys(_files(shard, stream))
     except Exception as error:  # whatever tarfile or a connection raises
-        raise ValueError(f"{shard} can't be read as a tar of images: {error}") from error
+        raise TeamNetError(f"{shard} can't be read as a tar of images: {error}") from error
 
 
 class _Member(tarfile.TarInfo):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from teamnet_pl.deploy.predictor import NonFiniteError, Predictor, check_output
+from teamnet_pl.errors import TeamNetError
 
 HOLD_UPS = 1.25
 """How many times their time batches are planned to take, but for the next one."""
@@ -77,7 +78,7 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, found {max_batch_size}.")
+            raise TeamNetError(f"max_batch_size must be at least 1, found {max_batch_size}.")
         self._predictor = predictor
         self._max_batch_size = max_batch_size
         self._clock = clock

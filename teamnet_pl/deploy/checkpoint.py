@@ -18,6 +18,7 @@ from teamnet_pl.cooperation.team import RUN_KEY, Team, team_content
 from teamnet_pl.data import HuggingFace, ImageDataModule
 from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.settings import check_settings
 from teamnet_pl.trust import Trust, naming
 
@@ -61,7 +62,7 @@ def check_classes(source: object, classes: object, num_classes: int) -> None:
         or not all(isinstance(name, str) for name in classes)
         or len(classes) != num_classes
     ):
-        raise ValueError(
+        raise TeamNetError(
             f"{source}: classes must be the names of {num_classes} classes, found {classes!r}."
         )
 
@@ -115,7 +116,7 @@ class SavedTeam:
         values, weights = team_content(path, checkpoint)
         run = checkpoint.get(RUN_KEY, {})
         if not isinstance(run, Mapping):
-            raise ValueError(f"{path}: {RUN_KEY} must be a mapping, found {run!r}.")
+            raise TeamNetError(f"{path}: {RUN_KEY} must be a mapping, found {run!r}.")
         preprocessing = run.get("preprocessing")
         if preprocessing is not None:
             preprocessing = restore_preprocessing(preprocessing, trust)
@@ -178,7 +179,9 @@ class SavedTeam:
         try:
             made: ImageDataModule = parser.instantiate(parser.parse_object({"data": data})).data
         except ArgumentError as error:
-            raise ValueError(f"The data that {self.path} names cannot be made: {error}") from error
+            raise TeamNetError(
+                f"The data that {self.path} names cannot be made: {error}"
+            ) from error
         return made
 
     def accuracies(self, teammate: str) -> tuple[dict[str, float], str | None]:
@@ -211,7 +214,7 @@ class SavedTeam:
             }
             split = str(rows[0]["split"]) if accuracies else None
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise TeamNetError(
                 f"{report} is not a report of a team ({error!r}): delete it, or have `teamnet "
                 "test` write it anew."
             ) from error

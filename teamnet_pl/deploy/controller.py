@@ -19,6 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from teamnet_pl.errors import TeamNetError
+
 WINDOW = 20
 """Requests that the load is told from: the 95th percentile of 20 is the second slowest."""
 DEAD_BAND = 0.1
@@ -65,11 +67,11 @@ class DepthController:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not depths:
-            raise ValueError("There must be at least one depth to choose from, found none.")
+            raise TeamNetError("There must be at least one depth to choose from, found none.")
         if not 0 <= headroom < 1:
-            raise ValueError(f"headroom must be in [0, 1), found {headroom}.")
+            raise TeamNetError(f"headroom must be in [0, 1), found {headroom}.")
         if not 0 < wait_s < math.inf:
-            raise ValueError(f"wait_s must be a positive number of seconds, found {wait_s}.")
+            raise TeamNetError(f"wait_s must be a positive number of seconds, found {wait_s}.")
         self.depths = tuple(depths)
         self._expected_ms = expected_ms
         self._headroom = headroom

@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from teamnet_pl.elastic import DepthLike, ElasticNet
 from teamnet_pl.elastic.evaluation import example_images
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 
@@ -65,7 +66,7 @@ def exported_program(
         return torch.export.export(plain, (images,), dynamic_shapes=shapes)
     except Exception as error:  # whatever the tracer stumbles over
         size = batch_size or "any number of"
-        raise ValueError(
+        raise TeamNetError(
             f"torch.export cannot export {type(plain).__name__} at {depth} for {size} images: "
             f"{error}"
         ) from error

@@ -19,6 +19,7 @@ from teamnet_pl.deploy.hub import Teammate
 from teamnet_pl.deploy.int8 import onnx_accuracy, save_onnx_int8
 from teamnet_pl.deploy.onnx_file import save_onnx, save_onnx_all_depths
 from teamnet_pl.elastic import DepthLike, ElasticNet
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 Format = Literal[
@@ -73,18 +74,20 @@ def export_files(
     """
     for each in formats:
         if each not in get_args(Format):
-            raise ValueError(f"There is no format {each}: choose of {', '.join(get_args(Format))}.")
+            raise TeamNetError(
+                f"There is no format {each}: choose of {', '.join(get_args(Format))}."
+            )
         if each in _NEEDS:
             require(*_NEEDS[each])
     if not formats:
-        raise ValueError(f"No format is given: choose of {', '.join(get_args(Format))}.")
+        raise TeamNetError(f"No format is given: choose of {', '.join(get_args(Format))}.")
     if "onnx_int8" in formats and data is None:
-        raise ValueError(
+        raise TeamNetError(
             "onnx_int8 takes data to find the ranges of features by, and there is none: the "
             "checkpoint does not say what it was trained on."
         )
     if calibration_images < 1:
-        raise ValueError(f"calibration_images must be at least 1, found {calibration_images}.")
+        raise TeamNetError(f"calibration_images must be at least 1, found {calibration_images}.")
     check_finite(teammate.state_dict(), "The net")
     if "onnx_int8" in formats and data is not None:
         images = _validation_images(data, calibration_images)

@@ -23,6 +23,7 @@ from teamnet_pl.cooperation.team import check_task, load_weights
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust, naming
 
 CARD = """\
@@ -120,7 +121,9 @@ class Teammate(
         split: str | None = None,
     ) -> None:
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"There are {num_classes} classes, but {len(classes)} names of them.")
+            raise TeamNetError(
+                f"There are {num_classes} classes, but {len(classes)} names of them."
+            )
         super().__init__(
             create_backbone(net.without_weights(), num_classes, input_shape[0]),
             input_shape,
@@ -186,7 +189,7 @@ class Teammate(
         values = saved.hyper_parameters
         if name not in ("a", "b") or not values[name]:
             names = ", ".join(mate for mate in ("a", "b") if values[mate])
-            raise ValueError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
+            raise TeamNetError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
         accuracy, split = saved.accuracies(name)
         prefix = f"teammates.{name}."
         weights = {
@@ -213,7 +216,7 @@ class Teammate(
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             # The first from a torch without CUDA; torch explains at length where else it runs.
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"The net cannot be put on {str(device)!r}: {reason}") from error
+            raise TeamNetError(f"The net cannot be put on {str(device)!r}: {reason}") from error
 
     def records(self) -> list[DepthRecord]:
         """What is known of each depth, the deepest first."""
@@ -287,7 +290,7 @@ class Teammate(
                     pretrained_model_name_or_path, trust_import=trust_import, **kwargs
                 )
             except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-                raise ValueError(
+                raise TeamNetError(
                     f"{pretrained_model_name_or_path} does not hold a Teammate, or is damaged: "
                     f"{error}"
                 ) from error
@@ -298,7 +301,7 @@ class Teammate(
         """Builds the net and loads its weights."""
         source = kwargs["model_id"]
         if "net" not in kwargs:
-            raise ValueError(f"{source} has no config.json of a Teammate.")
+            raise TeamNetError(f"{source} has no config.json of a Teammate.")
         trust = Trust(source, trust_import)
         # The mixin made it without a look at the types of the values.
         net = restore_member(TeammateConfig, "net", vars(kwargs["net"]), trust)
@@ -330,9 +333,9 @@ class Teammate(
             with safe_open(model_file, framework="pt") as file:
                 digest = (file.metadata() or {}).get("weights")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{model_file} cannot be read as safetensors: {error}") from error
+            raise TeamNetError(f"{model_file} cannot be read as safetensors: {error}") from error
         if digest is not None and digest != weights_digest(model.state_dict()):
-            raise ValueError(
+            raise TeamNetError(
                 f"{model_file} is damaged: its weights are not those that were saved, by their "
                 "checksum. Use another copy of the file."
             )
@@ -342,4 +345,6 @@ class Teammate(
     @classmethod
     def _load_as_pickle(cls, *_: Any) -> NoReturn:
         """Refuses files that are not safetensors."""
-        raise ValueError("There is no model.safetensors; other files with weights are not loaded.")
+        raise TeamNetError(
+            "There is no model.safetensors; other files with weights are not loaded."
+        )

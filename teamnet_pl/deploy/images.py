@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.images import read_image, upright
 from teamnet_pl.data.preprocessing import PreprocessingConfig
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
 
 OneImage: TypeAlias = Tensor | npt.NDArray[Any] | Image.Image | str | Path | bytes
@@ -96,13 +97,13 @@ class Preprocessing:
         """
         batch = [self._one(image, max_pixels) for image in _split(images)]
         if not batch:
-            raise ValueError("There must be at least one image, found none.")
+            raise TeamNetError("There must be at least one image, found none.")
         return torch.stack(batch)
 
     def _one(self, image: OneImage, max_pixels: int) -> Tensor:
         channels = self.input_shape[0]
         if isinstance(image, str | Path | bytes | Image.Image) and channels not in (1, 3):
-            raise ValueError(f"The net takes {channels} channels: pass tensors or arrays.")
+            raise TeamNetError(f"The net takes {channels} channels: pass tensors or arrays.")
         if isinstance(image, str | Path):
             if not Path(image).is_file():
                 raise FileNotFoundError(f"There is no file {image}.")
@@ -112,7 +113,7 @@ class Preprocessing:
         elif isinstance(image, Image.Image):
             image = upright(image, channels, self.bits)
         elif not isinstance(image, Tensor | np.ndarray):
-            raise ValueError(
+            raise TeamNetError(
                 "An image is a tensor, an array, a PIL image, the path of a file or its content, "
                 f"found a {type(image).__name__}."
             )
@@ -122,7 +123,7 @@ class Preprocessing:
             _check_values(torch.as_tensor(image))
         tensor = self._each(image)
         if tuple(tensor.shape) != self.input_shape:
-            raise ValueError(
+            raise TeamNetError(
                 f"An image has the shape {tuple(tensor.shape)} (channels, height, width); the net "
                 f"was trained on {self.input_shape}. Resize or crop it."
             )
@@ -136,9 +137,9 @@ def _split(images: Images) -> Iterator[OneImage]:
     elif isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
         yield from images
     elif isinstance(images, Tensor) and images.ndim != 3:
-        raise ValueError(f"A tensor has 3 or 4 axes, found the shape {tuple(images.shape)}.")
+        raise TeamNetError(f"A tensor has 3 or 4 axes, found the shape {tuple(images.shape)}.")
     elif isinstance(images, np.ndarray) and images.ndim not in (2, 3):
-        raise ValueError(f"An array has 2 to 4 axes, found the shape {images.shape}.")
+        raise TeamNetError(f"An array has 2 to 4 axes, found the shape {images.shape}.")
     else:
         yield images
 
@@ -146,9 +147,9 @@ def _split(images: Images) -> Iterator[OneImage]:
 def _check_values(image: Tensor) -> None:
     if image.is_floating_point():
         if not (image.min() >= 0 and image.max() <= 1):  # nor is it so for NaN
-            raise ValueError(
+            raise TeamNetError(
                 f"Floats must be in [0, 1], found {image.min():g} to {image.max():g}. Divide "
                 "values up to 255 by 255; the net's mean and std are taken care of."
             )
     elif image.dtype != torch.uint8:
-        raise ValueError(f"Integers must be uint8, found {image.dtype}.")
+        raise TeamNetError(f"Integers must be uint8, found {image.dtype}.")

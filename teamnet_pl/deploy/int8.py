@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 
@@ -36,7 +37,7 @@ def save_onnx_int8(source: str | Path, path: str | Path, images: Iterable[Tensor
     registry = require("onnxruntime.quantization.registry", "onnx")
     batches = [{"images": batch.numpy()} for batch in images]
     if not batches:
-        raise ValueError("To find the ranges of features takes some images, found none.")
+        raise TeamNetError("To find the ranges of features takes some images, found none.")
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         preparation.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)

@@ -11,6 +11,7 @@ import torch
 
 from teamnet_pl.deploy.export import exported_program
 from teamnet_pl.elastic import DepthLike, ElasticNet
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def save_onnx_all_depths(
     ir = require("onnx_ir", "onnx")
     chosen = {net.depth(depth).blocks for depth in depths or net.depths}
     if len(chosen) < 2:
-        raise ValueError(
+        raise TeamNetError(
             f"One file for several depths needs at least two of them, found {len(chosen)}."
         )
     ir.save(_joined({blocks: _graph(net, blocks) for blocks in sorted(chosen)}), path)

@@ -19,6 +19,7 @@ from teamnet_pl.deploy.images import Images, Preprocessing
 from teamnet_pl.deploy.profile import Profile, profile_depths, run_timed
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust, naming
 
 CALIBRATION_RUNS = 10
@@ -58,7 +59,7 @@ class Prediction:
             ValueError: If the names of the classes are not known.
         """
         if self.classes is None:
-            raise ValueError("The names of the classes are not known: use the labels.")
+            raise TeamNetError("The names of the classes are not known: use the labels.")
         return [self.classes[label] for label in self.labels.tolist()]
 
 
@@ -115,7 +116,7 @@ class Predictor:
         chosen = [net.depth(depth) for depth in (net.depths if depths is None else depths)]
         views = {own.name: net.view(own) for own in net.depths if own in chosen}
         if not views:
-            raise ValueError("There must be at least one depth to choose from, found none.")
+            raise TeamNetError("There must be at least one depth to choose from, found none.")
         self._views = views
         self.preprocessing = preprocessing
         self.classes = classes
@@ -135,19 +136,19 @@ class Predictor:
         for depth in views:
             self.run(image, depth)
             if not self.last_is_finite:
-                raise ValueError(
+                raise TeamNetError(
                     f"The net's output at {depth} is not finite, though its weights are: they are "
                     "not those of a trained net. Use another checkpoint."
                 )
 
     def _check(self, profile: Profile, device: torch.device) -> None:
         if missing := [depth for depth in self.depths if depth not in profile.depths]:
-            raise ValueError(
+            raise TeamNetError(
                 f"The profile is of depths {', '.join(profile.depths)} and lacks "
                 f"{', '.join(missing)}: profile this net by `teamnet profile`."
             )
         if profile.device != device.type:
-            raise ValueError(
+            raise TeamNetError(
                 f"The profile was taken on {profile.device}, the net is on {device.type}: profile "
                 "it there by `teamnet profile --device`."
             )
@@ -187,7 +188,7 @@ class Predictor:
             profile = Profile.load(profile)
         net = Teammate.from_checkpoint(path, teammate, device=device, trust_import=trust_import)
         if net.preprocessing is None:
-            raise ValueError(
+            raise TeamNetError(
                 f"{path} does not hold how images become the input of the net, since the team was "
                 "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
                 "own."
@@ -232,7 +233,7 @@ class Predictor:
         """
         begin, worked = time.perf_counter(), time.thread_time()
         if sum(budget is not None for budget in (budget_ms, macs, depth)) > 1:
-            raise ValueError("Pass one of budget_ms, macs and depth, found more.")
+            raise TeamNetError("Pass one of budget_ms, macs and depth, found more.")
         fixed = self.depth_for(macs, depth)
         if budget_ms is not None:
             check_budget(budget_ms)
@@ -260,13 +261,13 @@ class Predictor:
             ValueError: If there is no such depth, or none takes so little arithmetic.
         """
         if depth is not None and depth not in self.depths:
-            raise ValueError(f"There are the depths {', '.join(self.depths)}; found {depth}.")
+            raise TeamNetError(f"There are the depths {', '.join(self.depths)}; found {depth}.")
         if macs is None:
             return depth
         for name, own in self.macs.items():
             if own <= macs:
                 return name
-        raise ValueError(
+        raise TeamNetError(
             f"The shallowest depth takes {min(self.macs.values()):,} multiply-accumulates, more "
             f"than {macs:,}."
         )
@@ -309,4 +310,6 @@ def check_budget(budget_ms: float) -> None:
         ValueError: If it is not a positive number.
     """
     if not 0 < budget_ms < math.inf:
-        raise ValueError(f"budget_ms must be a positive number of milliseconds, found {budget_ms}.")
+        raise TeamNetError(
+            f"budget_ms must be a positive number of milliseconds, found {budget_ms}."
+        )

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from teamnet_pl.atomic import write_text
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
+from teamnet_pl.errors import TeamNetError
 
 WARM_UP = 2
 """Runs of each depth and batch size that are not counted."""
@@ -135,10 +136,10 @@ class Profile:
             profile = cls(rows=rows, **values)
             texts = [profile.device, profile.machine, profile.split or ""]
             if not rows or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"rows, device, machine and split do not fit, found {values}")
+                raise TeamNetError(f"rows, device, machine and split do not fit, found {values}")
             return profile
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise TeamNetError(
                 f"{path} is not a profile of `teamnet profile`: {error}. Profile the net anew."
             ) from error
 
@@ -146,19 +147,19 @@ class Profile:
 def _check(row: ProfileRow) -> None:
     """Checks the types and ranges of a row that comes from a file."""
     if not isinstance(row.depth, str):
-        raise ValueError(f"depth must be a text, found {row.depth!r}")
+        raise TeamNetError(f"depth must be a text, found {row.depth!r}")
     counts = [row.macs, row.parameters, row.peak_bytes, row.batch_size]
     if not isinstance(row.blocks_per_stage, list) or any(
         type(count) is not int or not 0 <= count < 2**63 for count in counts + row.blocks_per_stage
     ):
-        raise ValueError(f"counts must be whole numbers of at least 0, found {row}")
+        raise TeamNetError(f"counts must be whole numbers of at least 0, found {row}")
     times = [row.median_ms, row.p95_ms]
     if any(type(ms) not in (int, float) or not 0 < ms < 1e12 for ms in times):
-        raise ValueError(f"times must be positive numbers, found {times}")
+        raise TeamNetError(f"times must be positive numbers, found {times}")
     if row.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {row.batch_size}")
+        raise TeamNetError(f"batch_size must be at least 1, found {row.batch_size}")
     if row.accuracy is not None and type(row.accuracy) not in (int, float):
-        raise ValueError(f"accuracy must be a number, found {row.accuracy!r}")
+        raise TeamNetError(f"accuracy must be a number, found {row.accuracy!r}")
 
 
 @torch.inference_mode()
@@ -197,9 +198,9 @@ def profile_depths(
         ValueError: If there is no batch size, one is not positive, or runs is not.
     """
     if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes must be 1 or more each, found {list(batch_sizes)}.")
+        raise TeamNetError(f"batch_sizes must be 1 or more each, found {list(batch_sizes)}.")
     if runs < 1:
-        raise ValueError(f"runs must be at least 1, found {runs}.")
+        raise TeamNetError(f"runs must be at least 1, found {runs}.")
     parameter = next(net.parameters())
     device = parameter.device
     costs = depth_costs(net, net.input_shape)

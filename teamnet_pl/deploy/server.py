@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from teamnet_pl.deploy.batcher import Answer, Batcher, OverloadedError
 from teamnet_pl.deploy.images import MAX_PIXELS
 from teamnet_pl.deploy.predictor import Predictor, check_budget
+from teamnet_pl.errors import TeamNetError
 
 Number = TypeVar("Number", int, float)
 
@@ -111,7 +112,7 @@ class Server:
         check_budget(budget_ms)
         for name, value in {"max_body_bytes": max_body_bytes, "max_pixels": max_pixels}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}.")
+                raise TeamNetError(f"{name} must be at least 1, found {value}.")
         self.predictor = predictor
         self.budget_ms = budget_ms
         self.max_body_bytes = max_body_bytes
@@ -191,7 +192,7 @@ class Server:
         """The budget of time, and the depth if the request leaves no choice."""
         known = ("budget_ms", "macs", "depth")
         if unknown := set(query) - set(known):
-            raise ValueError(
+            raise TeamNetError(
                 f"There are the parameters {', '.join(known)}; found {', '.join(unknown)}."
             )
         budget_ms = _number(query, "budget_ms", float)
@@ -200,7 +201,7 @@ class Server:
         check_budget(budget_ms)
         macs = _number(query, "macs", int)
         if macs is not None and "depth" in query:
-            raise ValueError("Pass one of macs and depth, found both.")
+            raise TeamNetError("Pass one of macs and depth, found both.")
         return budget_ms, self.predictor.depth_for(macs, query.get("depth"))
 
     async def _body(self, request: Request) -> bytes:
@@ -254,7 +255,7 @@ def _number(query: QueryParams, name: str, kind: type[Number]) -> Number | None:
     try:
         return None if text is None else kind(text)
     except ValueError as error:
-        raise ValueError(f"{name} must be a number ({kind.__name__}), found {text!r}.") from error
+        raise TeamNetError(f"{name} must be a number ({kind.__name__}), found {text!r}.") from error
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -313,14 +314,14 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: If there is no such host or port, or it is not free or not allowed.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"port must be in 0..65535, found {port}.")
+        raise TeamNetError(f"port must be in 0..65535, found {port}.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         taken = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"The host {host!r} cannot be found: {error}.") from error
+        raise TeamNetError(f"The host {host!r} cannot be found: {error}.") from error
     try:
         if os.name == "posix":  # or the port stays taken for a while after a server has ended
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -328,7 +329,7 @@ def listen(host: str, port: int) -> socket.socket:
         taken.listen(2048)
     except OSError as error:
         taken.close()
-        raise ValueError(
+        raise TeamNetError(
             f"The server cannot listen at {host}, port {port}: {error.strerror}. Give another "
             "--port (0 for a free one) or --host."
         ) from error

@@ -13,6 +13,7 @@ from torch import nn
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.elastic.mixing import find_mixing
 from teamnet_pl.elastic.probing import Call, record_calls, record_order
+from teamnet_pl.errors import TeamNetError
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def trace(
         found = _residual(skippable, probe)
         if not found:
             again = {call.name for call in calls if call.residual} - {call.name for call in found}
-            raise ValueError(
+            raise TeamNetError(
                 f"{type(backbone).__name__} has no residual block that keeps its input's shape"
                 + (f" and runs once ({', '.join(again)} run again)" if again else "")
                 + ", so none can be skipped: name blocks by patterns if it has any other, or use a "
@@ -106,7 +107,7 @@ def trace(
     order = record_order(probe, images[:2], [*names, *around, *mixing])
     in_training = [name for name, begins in order if begins and name in names]
     if in_training != names:
-        raise ValueError(
+        raise TeamNetError(
             f"In training {type(probe).__name__} runs its blocks as {in_training}, in evaluation "
             f"as {names}: depths need the same order in both."
         )
@@ -193,7 +194,7 @@ def _matching(
     for pattern, matched in matches.items():
         if not any(call.name in matched for call in found):
             names = ", ".join(call.name for call in skippable)
-            raise ValueError(
+            raise TeamNetError(
                 f"No block of {type(backbone).__name__} that keeps its input's shape and runs once "
                 f"matches {pattern!r}. There are: {names or 'none'}."
             )

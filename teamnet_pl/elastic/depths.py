@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
+from teamnet_pl.errors import TeamNetError
+
 DepthPolicy = Literal["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
 """In which order blocks are dropped, see `drop_order`."""
 
@@ -64,7 +66,7 @@ def drop_order(stages: Sequence[int], policy: DepthPolicy) -> list[int]:
         [5, 3, 1, 0, 4, 2]
     """
     if policy not in get_args(DepthPolicy):
-        raise ValueError(
+        raise TeamNetError(
             f"Unknown depth policy {policy!r}: choose one of {', '.join(get_args(DepthPolicy))}."
         )
     if policy == "evenly_spread":
@@ -133,7 +135,7 @@ def derive_depths(
     have = f"The net has {total} skippable blocks, {list(stages)} by stage"
     if isinstance(spec, int):
         if not 2 <= spec <= total + 1:
-            raise ValueError(f"{have}, so it has 2 to {total + 1} depths; {spec} were asked for.")
+            raise TeamNetError(f"{have}, so it has 2 to {total + 1} depths; {spec} were asked for.")
         step = total / (spec - 1)
         counts = [round(total - i * step) for i in range(spec)]
         if interleaved and step >= 2:
@@ -141,11 +143,11 @@ def derive_depths(
     elif all(isinstance(item, int) for item in spec):
         counts = sorted((item for item in spec if isinstance(item, int)), reverse=True)
         if any(not 0 <= count <= total for count in counts):
-            raise ValueError(f"{have}: a depth keeps 0 to {total} of them, found {counts}.")
+            raise TeamNetError(f"{have}: a depth keeps 0 to {total} of them, found {counts}.")
     elif all(isinstance(item, list) for item in spec):
         return _explicit(stages, [item for item in spec if isinstance(item, list)], have)
     else:
-        raise ValueError(
+        raise TeamNetError(
             f"Depths are a number, a list of block counts, or a list of block counts per stage "
             f"(such as [[3, 3], [2, 1]]); found {spec!r}."
         )
@@ -159,7 +161,7 @@ def _explicit(stages: Sequence[int], spec: list[list[int]], have: str) -> tuple[
             0 <= kept <= size for kept, size in zip(row, stages, strict=True)
         )
         if not fits:
-            raise ValueError(f"{have}; a depth cannot keep {row} of them.")
+            raise TeamNetError(f"{have}; a depth cannot keep {row} of them.")
     starts = [sum(stages[:stage]) for stage in range(len(stages))]
     kept = [
         {start + i for start, count in zip(starts, row, strict=True) for i in range(count)}
@@ -180,15 +182,17 @@ def _checked(stages: Sequence[int], kept: list[set[int]], have: str) -> tuple[De
         for blocks in kept
     )
     if len(depths) < 2:
-        raise ValueError(f"{have}; an elastic net needs at least two depths, found {len(depths)}.")
+        raise TeamNetError(
+            f"{have}; an elastic net needs at least two depths, found {len(depths)}."
+        )
     if depths[0].blocks != total:
-        raise ValueError(
+        raise TeamNetError(
             f"{have}; the deepest depth must keep them all, found {list(depths[0].per_stage)}. "
             "Add the full depth, or use a smaller backbone."
         )
     for (deeper, deep_blocks), (shallower, blocks) in pairwise(zip(depths, kept, strict=True)):
         if not blocks < deep_blocks:
-            raise ValueError(
+            raise TeamNetError(
                 f"Depths must be nested, each keeping fewer of the next deeper one's blocks: "
                 f"{list(shallower.per_stage)} does not fit inside {list(deeper.per_stage)}."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teamnet_pl.elastic.evaluation import evaluation
+from teamnet_pl.errors import TeamNetError
 
 
 def drop_block(net: nn.Module, name: str) -> None:
@@ -76,4 +77,4 @@ def without_blocks(
             continue
         if torch.allclose(found, logits, rtol=1e-3, atol=1e-5, equal_nan=True):
             return plain
-    raise ValueError(f"{type(net).__name__} cannot do without {', '.join(names)}: {problem}.")
+    raise TeamNetError(f"{type(net).__name__} cannot do without {', '.join(names)}: {problem}.")

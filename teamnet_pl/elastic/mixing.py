@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from teamnet_pl.elastic.probing import hooks, run
+from teamnet_pl.errors import TeamNetError
 
 
 def show_weights(net: nn.Module) -> None:
@@ -56,7 +57,7 @@ def find_mixing(probe: nn.Module, images: Tensor, blocks: Sequence[str]) -> list
                 break  # samples come apart and go out mixed
         else:
             if wrong:
-                raise ValueError(
+                raise TeamNetError(
                     f"The first axis of what {wrong[0]} returns is not the batch, so depths cannot "
                     "share a forward pass. Use a batch-first net."
                 )
@@ -64,7 +65,7 @@ def find_mixing(probe: nn.Module, images: Tensor, blocks: Sequence[str]) -> list
         around_blocks = not a.name or any(f"{name}.".startswith(f"{a.name}.") for name in blocks)
         if around_blocks or not a.single:
             kind = type(probe.get_submodule(a.name)).__name__
-            raise ValueError(
+            raise TeamNetError(
                 f"{a.name or 'The backbone'} ({kind}) mixes the samples of a batch, so depths "
                 "cannot share a forward pass. Only a layer that maps one tensor to another, as "
                 "batch norm does, can run for each depth alone."

@@ -24,6 +24,7 @@ from teamnet_pl.elastic.streams import (
     SkippableForward,
     fork_levels,
 )
+from teamnet_pl.errors import TeamNetError
 
 DepthLike: TypeAlias = Depth | str | int
 """A depth of a net, or its name (``"d9"``), or the number of blocks that it keeps (``9``)."""
@@ -94,7 +95,7 @@ class ElasticNet(nn.Module):
         super().__init__()
         for name, module in backbone.named_modules():
             if isinstance(vars(module).get("forward"), ElasticForward):
-                raise ValueError(
+                raise TeamNetError(
                     f"{name or type(backbone).__name__} is elastic already: pass a plain copy."
                 )
         found = trace(backbone, input_shape, blocks)
@@ -113,7 +114,7 @@ class ElasticNet(nn.Module):
             if problem is None:
                 return
             problems.append(problem)
-        raise ValueError(
+        raise TeamNetError(
             f"{type(backbone).__name__} cannot run its depths in one pass: {problems[-1]}"
         )
 
@@ -207,7 +208,7 @@ class ElasticNet(nn.Module):
                     alone = trial(images)
                 apart = float((logits - alone).abs().max())
                 if apart > torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max()):
-                    raise ValueError(f"at {depth} its outputs would be {apart:.2g} apart.")
+                    raise TeamNetError(f"at {depth} its outputs would be {apart:.2g} apart.")
 
     def _install(self) -> None:
         """Puts the forwards in place, again where a module was replaced (by a SyncBatchNorm)."""
@@ -233,7 +234,7 @@ class ElasticNet(nn.Module):
         for index, own in enumerate(self.depths):
             if depth in (own, own.name, own.blocks):
                 return index
-        raise ValueError(
+        raise TeamNetError(
             f"This net has the depths {', '.join(own.name for own in self.depths)}; {depth!s} is "
             "none of them."
         )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from teamnet_pl.errors import TeamNetError
+
 _Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
@@ -74,12 +76,12 @@ def run(probe: nn.Module, images: Tensor) -> None:
         try:
             output = probe(images)
         except Exception as error:
-            raise ValueError(
+            raise TeamNetError(
                 f"{name} fails on images of shape {tuple(images.shape[1:])} in {mode}: {error}"
             ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
+        raise TeamNetError(
             f"{name} must return logits of shape (N, classes); for N={len(images)} it returned "
             f"{what} in {mode}. Switch off auxiliary heads and the like by the net's own options."
         )
@@ -145,7 +147,7 @@ def record_calls(probe: nn.Module, images: Tensor) -> list[Call]:
     with hooks(probe, begin, end):
         run(probe, images)
     if len(calls) != len(leaves):
-        raise ValueError(
+        raise TeamNetError(
             f"{type(probe).__name__} runs {len(leaves)} modules for {len(images) // 2} images and "
             f"{len(calls)} for {len(images)}: what it runs must not depend on the batch."
         )

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from teamnet_pl.elastic.blocks import Trace
 from teamnet_pl.elastic.depths import Depth
 from teamnet_pl.elastic.probing import handed_on
+from teamnet_pl.errors import TeamNetError
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Plan:
             if name in found.mixing:
                 here = Streams(now, runs[inside] if inside else len(depths))
                 if plan.streams.setdefault(name, here) != here:
-                    raise ValueError(
+                    raise TeamNetError(
                         f"{name} runs in several places, with different depths in each; its "
                         "running statistics cannot be kept. Give each place a layer of its own."
                     )
@@ -349,7 +350,7 @@ def _flatten(
 ) -> tuple[list[Any], Any]:
     leaves, tree = tree_flatten((args, kwargs))
     if len(leaves) != len(batched):
-        raise ValueError(
+        raise TeamNetError(
             f"{type(forward.module).__name__} is called with {len(leaves)} values, but with "
             f"{len(batched)} when the net was made elastic. Call it alike each time."
         )

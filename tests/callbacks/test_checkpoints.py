@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from teamnet_pl.atomic import replacing
 from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
 from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+from tests.helpers.teams import make_digits, make_team, make_trainer
 
 FOLDER = "logs/version_0/checkpoints"
 
@@ -77,9 +78,9 @@ class Steps(AtomicCheckpointIO):
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_when_last_is_saved(tiny, tmp_path, options, expected, accumulate):
+def test_when_last_is_saved(tmp_path, options, expected, accumulate):
     plugin = Steps()
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         tmp_path,
         accumulate_grad_batches=accumulate,
         callbacks=[LastCheckpoint(tmp_path, **options)],
@@ -89,11 +90,11 @@ def test_when_last_is_saved(tiny, tmp_path, options, expected, accumulate):
         max_epochs=2,
         plugins=[plugin],
     )
-    trainer.fit(tiny.team(), tiny.digits())
+    trainer.fit(make_team(), make_digits())
     assert plugin.saved == [("last.ckpt", step) for step in expected]
 
 
-def test_validation_within_the_epoch_comes_before_the_save(tiny, tmp_path):
+def test_validation_within_the_epoch_comes_before_the_save(tmp_path):
     """Else a resumed run would leave it out."""
     plugin, order = Steps(), []
 
@@ -101,7 +102,7 @@ def test_validation_within_the_epoch_comes_before_the_save(tiny, tmp_path):
         def on_validation_end(self, trainer, pl_module):
             order.append((trainer.global_step, len(plugin.saved)))
 
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         tmp_path,
         callbacks=[Order(tmp_path), LastCheckpoint(every_n_train_steps=1)],
         enable_checkpointing=True,
@@ -110,20 +111,20 @@ def test_validation_within_the_epoch_comes_before_the_save(tiny, tmp_path):
         plugins=[plugin],
         val_check_interval=2,
     )
-    trainer.fit(tiny.team(), tiny.digits())
+    trainer.fit(make_team(), make_digits())
     assert order == [(2, 1), (4, 3)]
     assert [step for _, step in plugin.saved] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_is_never_the_best(value, tiny, tmp_path):
+def test_a_score_that_is_not_finite_is_never_the_best(value, tmp_path):
     class Monitored(BestCheckpoint):
         def _monitor_candidates(self, trainer):
             score = value if trainer.current_epoch != 1 else 0.5
             candidates = super()._monitor_candidates(trainer)
             return candidates | {"val/accuracy/mean": torch.tensor(score)}
 
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         tmp_path,
         callbacks=[Monitored(tmp_path)],
         enable_checkpointing=True,
@@ -131,7 +132,7 @@ def test_a_score_that_is_not_finite_is_never_the_best(value, tiny, tmp_path):
         limit_val_batches=1,
         max_epochs=3,
     )
-    trainer.fit(tiny.team(), tiny.digits())
+    trainer.fit(make_team(), make_digits())
     assert load(tmp_path / "best.ckpt")["epoch"] == 1
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from teamnet_pl.callbacks import DepthReport
 from teamnet_pl.elastic import cost
+from tests.helpers.teams import make_digits, make_team, make_trainer
 
 ROWS = [
     ("leader", None),
@@ -29,12 +30,12 @@ def rows_of(folder):
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
+def run(tmp_path_factory):
     """A fitted team, its trainer and its folder, where the report of the fit still is."""
     folder = tmp_path_factory.mktemp("run")
-    team = tiny.team()
+    team = make_team()
     keep = ModelCheckpoint(folder / "kept", filename="best", monitor="val/accuracy/mean")
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         folder,
         callbacks=[keep, DepthReport()],
         enable_checkpointing=True,
@@ -42,7 +43,7 @@ def run(tiny, tmp_path_factory):
         limit_val_batches=1.0,
         logger=[CSVLogger(folder), TensorBoardLogger(folder)],
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     return team, trainer, folder
 
 
@@ -87,15 +88,13 @@ def test_the_picture_reaches_tensorboard(run):
 
 
 @pytest.mark.parametrize(("stage", "split"), [("test", "test"), ("validate", "val")])
-def test_an_evaluation_reports_beside_the_given_checkpoint(
-    run, tiny, tmp_path, capsys, stage, split
-):
+def test_an_evaluation_reports_beside_the_given_checkpoint(run, tmp_path, capsys, stage, split):
     team, trainer, _ = run
     trainer.save_checkpoint(tmp_path / "given" / "best.ckpt")
-    evaluator = tiny.trainer(tmp_path, callbacks=[DepthReport()], limit_val_batches=1.0)
+    evaluator = make_trainer(tmp_path, callbacks=[DepthReport()], limit_val_batches=1.0)
     evaluate = getattr(evaluator, stage)
     evaluate(
-        tiny.team(seed=1), tiny.digits(), ckpt_path=tmp_path / "given" / "best.ckpt", verbose=False
+        make_team(seed=1), make_digits(), ckpt_path=tmp_path / "given" / "best.ckpt", verbose=False
     )
     rows = rows_of(tmp_path / "given")
     check_rows(rows, team, evaluator.callback_metrics, split)
@@ -107,44 +106,44 @@ def test_an_evaluation_reports_beside_the_given_checkpoint(
         assert f"{row['macs']:,}" in printed
 
 
-def test_without_a_checkpoint_it_reports_in_the_log_folder(tiny, tmp_path):
+def test_without_a_checkpoint_it_reports_in_the_log_folder(tmp_path):
     logger = CSVLogger(tmp_path)
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], logger=logger)
-    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()], logger=logger)
+    trainer.test(make_team(), make_digits(), verbose=False)
     assert list(rows_of(tmp_path / "lightning_logs" / "version_0")) == ROWS
 
 
-def test_nothing_is_written_in_a_fast_dev_run(tiny, tmp_path, capsys):
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], fast_dev_run=1)
-    trainer.fit(tiny.team(), tiny.digits())
+def test_nothing_is_written_in_a_fast_dev_run(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()], fast_dev_run=1)
+    trainer.fit(make_team(), make_digits())
     assert "Accuracy per depth" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_first_process_writes(tiny, tmp_path, capsys, monkeypatch):
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
+def test_only_the_first_process_writes(tmp_path, capsys, monkeypatch):
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()])
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
-    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+    trainer.test(make_team(), make_digits(), verbose=False)
     assert "Accuracy per depth" not in capsys.readouterr().out
     assert not list(tmp_path.rglob("per_depth*"))
 
 
-def test_a_fit_without_validation_has_nothing_to_report(tiny, tmp_path):
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], limit_train_batches=1)
-    trainer.fit(tiny.team(), tiny.digits())
+def test_a_fit_without_validation_has_nothing_to_report(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()], limit_train_batches=1)
+    trainer.fit(make_team(), make_digits())
     assert not list(tmp_path.rglob("per_depth*"))
 
 
-def test_the_picture_can_be_left_out(tiny, tmp_path):
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport(picture=False)])
-    trainer.test(tiny.team(), tiny.digits(), verbose=False)
+def test_the_picture_can_be_left_out(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport(picture=False)])
+    trainer.test(make_team(), make_digits(), verbose=False)
     assert [path.name for path in tmp_path.iterdir()] == ["per_depth.json"]
 
 
-def test_one_teammate_and_five_classes(tiny, tmp_path):
+def test_one_teammate_and_five_classes(tmp_path):
     images = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 5)
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
-    team = tiny.team(leader=None, b=None, num_classes=5)
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()])
+    team = make_team(leader=None, b=None, num_classes=5)
     trainer.test(team, DataLoader(images, batch_size=10), verbose=False)
     rows = rows_of(tmp_path)
     assert list(rows) == ROWS[1:4]
@@ -152,11 +151,11 @@ def test_one_teammate_and_five_classes(tiny, tmp_path):
     assert imread(tmp_path / "per_depth.png").size
 
 
-def test_other_modules_are_refused(tiny, tmp_path):
+def test_other_modules_are_refused(tmp_path):
     class Other(pl.LightningModule):
         def test_step(self, batch, batch_idx):
             pass
 
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()])
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()])
     with pytest.raises(TypeError, match="Team, found a Other"):
-        trainer.test(Other(), tiny.digits(), verbose=False)
+        trainer.test(Other(), make_digits(), verbose=False)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from teamnet_pl.callbacks import PredictionWriter
+from tests.helpers.teams import extracted_logits, make_digits, make_team, make_trainer
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"leader": None, "b": None}], ids=["all", "a alone"])
-def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
-    team, data = tiny.team(**kwargs), tiny.digits(batch_size=64)
-    trainer = tiny.trainer(tmp_path, callbacks=[PredictionWriter()], limit_train_batches=10)
+def test_labels_are_those_of_each_member_alone(tmp_path, kwargs):
+    team, data = make_team(**kwargs), make_digits(batch_size=64)
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()], limit_train_batches=10)
     trainer.fit(team, data)
     trainer.save_checkpoint(tmp_path / "given" / "team.ckpt")
     trainer.predict(
@@ -19,7 +20,7 @@ def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
         rows = list(csv.DictReader(file))
 
     images = torch.cat([data.normalize(images) for images, _ in data.predict_dataloader()])
-    logits = tiny.extracted_logits(team, images)
+    logits = extracted_logits(team, images)
     labels = {member: own.argmax(1).tolist() for member, own in logits.items()}
     if "b/d7" in logits:
         both = logits["a/d7"].softmax(1) + logits["b/d7"].softmax(1)
@@ -31,8 +32,8 @@ def test_labels_are_those_of_each_member_alone(tiny, tmp_path, kwargs):
     assert len({tuple(own) for own in labels.values()}) > 2
 
 
-def test_part_of_the_images(tiny, tmp_path):
-    trainer = tiny.trainer(tmp_path, callbacks=[PredictionWriter()], limit_predict_batches=2)
-    trainer.predict(tiny.team(), tiny.digits(batch_size=10))
+def test_part_of_the_images(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()], limit_predict_batches=2)
+    trainer.predict(make_team(), make_digits(batch_size=10))
     with open(tmp_path / "predictions.csv", newline="") as file:
         assert [row["index"] for row in csv.DictReader(file)] == [str(i) for i in range(20)]

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from teamnet_pl import Team
 from teamnet_pl.cooperation import Cooperation, Edge, OptimizerConfig, ScheduleConfig, Transfer
+from tests.helpers.teams import assert_same_state, make_digits, make_team, make_trainer
 
 # As far from the defaults as can be.
 TEAM = {
@@ -23,22 +24,22 @@ TEAM = {
 
 
 @pytest.fixture(scope="module", params=[TEAM, {"leader": None, "b": None}], ids=["both", "a"])
-def saved(request, tiny, tmp_path_factory):
+def saved(request, tmp_path_factory):
     """A trained team and its checkpoint."""
     folder = tmp_path_factory.mktemp("saved")
-    team = tiny.team(**request.param)
+    team = make_team(**request.param)
     keep = ModelCheckpoint(folder, filename="kept", save_last=True)
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         folder, callbacks=[keep], enable_checkpointing=True, limit_train_batches=3
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     return team.eval(), folder / "kept.ckpt"
 
 
-def test_a_checkpoint_restores_the_team_with_no_arguments(saved, tiny):
+def test_a_checkpoint_restores_the_team_with_no_arguments(saved):
     team, path = saved
     found = Team.load_from_checkpoint(path).eval()
-    tiny.assert_same_state(found.state_dict(), team.state_dict())
+    assert_same_state(found.state_dict(), team.state_dict())
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(found(images), team(images), rtol=0, atol=0)
@@ -81,16 +82,16 @@ def plain(value) -> None:
     "the checkpoint loads without it",
 )
 @pytest.mark.parametrize("member", ["leader", "a", "b"])
-def test_a_checkpoint_needs_no_file_that_the_team_started_from(tiny, tmp_path, member):
+def test_a_checkpoint_needs_no_file_that_the_team_started_from(tmp_path, member):
     start = tmp_path / "start.pt"
-    torch.save(tiny.team().leader.state_dict(), start)
-    team = tiny.team(**{member: {"checkpoint": str(start)}})
-    path = save(tiny, team, tmp_path)
+    torch.save(make_team().leader.state_dict(), start)
+    team = make_team(**{member: {"checkpoint": str(start)}})
+    path = save(team, tmp_path)
     start.unlink()
-    tiny.assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
+    assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
 
 
-def test_a_checkpoint_needs_no_pretrained_weights(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_needs_no_pretrained_weights(tmp_path, monkeypatch):
     fetched = []
     create = timm.create_model
 
@@ -100,14 +101,14 @@ def test_a_checkpoint_needs_no_pretrained_weights(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     options = {"img_size": 8, "patch_size": 4, "pretrained": True}
-    team = tiny.team(b={"name": "timm/test_vit", "options": options})
-    path = save(tiny, team, tmp_path)
-    tiny.assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
+    team = make_team(b={"name": "timm/test_vit", "options": options})
+    path = save(team, tmp_path)
+    assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
     assert fetched == [True, False]
 
 
-def save(tiny, team, folder):
-    trainer = tiny.trainer(folder, limit_train_batches=1)
-    trainer.fit(team, tiny.digits())
+def save(team, folder):
+    trainer = make_trainer(folder, limit_train_batches=1)
+    trainer.fit(team, make_digits())
     trainer.save_checkpoint(folder / "team.ckpt")
     return folder / "team.ckpt"

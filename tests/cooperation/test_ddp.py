@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from teamnet_pl.callbacks import PredictionWriter
 from teamnet_pl.cooperation import OptimizerConfig
+from tests.helpers.teams import assert_same_state, make_digits, make_team, make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -53,10 +54,10 @@ def weights(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def test_weights_agree(runs, tiny):
+def test_weights_agree(runs):
     one, two = map(weights, runs)
     assert one["global_step"] == two["global_step"] == 4
-    tiny.assert_same_state(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    assert_same_state(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
 
 
 def test_metrics_of_every_depth_are_over_both_processes(runs):
@@ -110,13 +111,13 @@ def shortened(data, images):
 
 @pytest.mark.parametrize("images", [35, 1])
 @pytest.mark.parametrize("split", ["fit", "val", "test"])
-def test_each_image_counts_once(tiny, tmp_path, images, split):
+def test_each_image_counts_once(tmp_path, images, split):
     """Batches are of 8: one process has three and the other two, or one image and none."""
     found = []
     for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
-        team = tiny.team(a={"depths": 2}, b=None, optimizer=OptimizerConfig(lr=0.0))
-        data = shortened(tiny.digits(batch_size=8), images)
-        trainer = tiny.trainer(
+        team = make_team(a={"depths": 2}, b=None, optimizer=OptimizerConfig(lr=0.0))
+        data = shortened(make_digits(batch_size=8), images)
+        trainer = make_trainer(
             tmp_path, limit_val_batches=1.0, limit_train_batches=1, precision="64-true", **options
         )
         if split == "fit":  # where each forward pass waits for the other process
@@ -134,12 +135,12 @@ def test_each_image_counts_once(tiny, tmp_path, images, split):
 
 
 @pytest.mark.parametrize("images", [35, 1])
-def test_each_image_is_predicted_once(tiny, tmp_path, images):
+def test_each_image_is_predicted_once(tmp_path, images):
     for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
-        team = tiny.team(a={"depths": 2}, b=None)
-        data = shortened(tiny.digits(batch_size=8), images)
+        team = make_team(a={"depths": 2}, b=None)
+        data = shortened(make_digits(batch_size=8), images)
         callbacks = [PredictionWriter()]
-        trainer = tiny.trainer(tmp_path, callbacks=callbacks, **options)
+        trainer = make_trainer(tmp_path, callbacks=callbacks, **options)
         trainer.predict(team, data, return_predictions=False)
     lines = {name: (tmp_path / name).read_text().splitlines() for name in FILES}
     both = [line for name in FILES[1:] for line in lines[name][1:]]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from teamnet_pl.cooperation import Cooperation, Edge, Transfer
+from tests.helpers.teams import logits_by_hand, make_digits, make_team, make_trainer
 
 STEPS = 4
 EDGES = {
@@ -123,20 +124,20 @@ class ByHand(pl.Callback):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def run(request, tiny, tmp_path_factory):
+def run(request, tmp_path_factory):
     """The steps of a run as they were and by hand, and the rows of its log."""
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp("run")
-    team = tiny.team(**case.team)
-    by_hand = ByHand(case, tiny.logits_by_hand)
-    trainer = tiny.trainer(
+    team = make_team(**case.team)
+    by_hand = ByHand(case, logits_by_hand)
+    trainer = make_trainer(
         folder,
         callbacks=[by_hand],
         limit_train_batches=STEPS,
         logger=CSVLogger(folder),
         precision="64-true",
     )
-    trainer.fit(team, tiny.digits(**case.data))
+    trainer.fit(team, make_digits(**case.data))
     with open(f"{trainer.log_dir}/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return by_hand.steps, rows
@@ -165,8 +166,8 @@ def test_each_term_is_logged_under_its_name(run):
         assert found == pytest.approx(step["log"], rel=1e-5)
 
 
-def test_teachers_get_no_gradient(tiny):
-    team = tiny.team()
+def test_teachers_get_no_gradient():
+    team = make_team()
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     logits = {name: own.detach().requires_grad_() for name, own in team(images).items()}
     terms = team.losses(logits, torch.arange(8))
@@ -181,8 +182,8 @@ def test_teachers_get_no_gradient(tiny):
         assert gradients[1].abs().max() > 0
 
 
-def test_a_leader_learns_nothing_from_teaching(tiny):
-    team = tiny.team()
+def test_a_leader_learns_nothing_from_teaching():
+    team = make_team()
     terms = team.losses(team(torch.randn(8, 1, 8, 8)), torch.arange(8))
     leader = list(team.leader.parameters())
     found = torch.autograd.grad(terms["kd/leader->a/d7"], leader, allow_unused=True)

@@ -15,6 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.cooperation import Cooperation, OptimizerConfig
+from tests.helpers.teams import (
+    CONSTANT,
+    assert_same_state,
+    make_digits,
+    make_team,
+    make_trainer,
+    snapshot,
+)
 
 NAN = float("nan")
 
@@ -31,18 +39,18 @@ def batches(poisoned=(), left_out=(), count=4):
 
 
 @pytest.fixture
-def trained(tiny, tmp_path):
+def trained(tmp_path):
     """A team after a fit at a constant rate with all transfers at their weight, and its trainer."""
 
     def run(loader, on_non_finite="skip", prepare=lambda team: None, **kwargs):
-        team = tiny.team(
-            schedule=tiny.constant,
+        team = make_team(
+            schedule=CONSTANT,
             optimizer=OptimizerConfig(lr=0.05),
             cooperation=Cooperation(ramp=0.0),
             on_non_finite=on_non_finite,
         )
         prepare(team)
-        trainer = tiny.trainer(tmp_path, **kwargs)
+        trainer = make_trainer(tmp_path, **kwargs)
         trainer.fit(team, loader, loader)
         return team, trainer
 
@@ -69,14 +77,14 @@ def test_a_gradient_that_is_not_finite_stops_the_training(trained):
 
 
 @pytest.mark.parametrize("plugin", [None, scaled], ids=["32", "16-mixed"])
-def test_a_skipped_step_leaves_no_trace(tiny, trained, plugin):
+def test_a_skipped_step_leaves_no_trace(trained, plugin):
     def options():
         return {} if plugin is None else {"plugins": [plugin()]}
 
     with pytest.warns(UserWarning, match="Step 1 is skipped: the term ce/leader of the loss is"):
         team, trainer = trained(batches(poisoned=[1]), **options())
     expected, _ = trained(batches(left_out=[1]), **options())
-    tiny.assert_same_state(team.state_dict(), expected.state_dict())
+    assert_same_state(team.state_dict(), expected.state_dict())
     assert trainer.callback_metrics["train/skipped_steps"] == 1
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
@@ -85,7 +93,7 @@ def test_a_skipped_step_leaves_no_trace(tiny, trained, plugin):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("plugin", [None, scaled], ids=["32", "16-mixed"])
 @pytest.mark.parametrize("poisoned", [0, 1])
-def test_of_accumulated_batches_all_are_skipped(tiny, trained, plugin, poisoned):
+def test_of_accumulated_batches_all_are_skipped(trained, plugin, poisoned):
     options = {"accumulate_grad_batches": 2}
     found, expected = (
         trained(loader, **options, **({} if plugin is None else {"plugins": [plugin()]}))
@@ -99,10 +107,10 @@ def test_of_accumulated_batches_all_are_skipped(tiny, trained, plugin, poisoned)
 
 
 @pytest.mark.filterwarnings("ignore:Step . is skipped")
-def test_a_skipped_gradient_changes_no_weight(tiny, trained):
+def test_a_skipped_gradient_changes_no_weight(trained):
     def prepare(team):
         team.leader.fc.bias.register_hook(lambda gradient: gradient * torch.inf)
-        team.before = tiny.snapshot(team)
+        team.before = snapshot(team)
 
     team, trainer = trained(batches(), prepare=prepare)
     for name, parameter in team.named_parameters():
@@ -110,7 +118,7 @@ def test_a_skipped_gradient_changes_no_weight(tiny, trained):
     assert trainer.callback_metrics["train/skipped_steps"] == 4
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, trained, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     team, trainer = trained(batches())
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     with torch.no_grad():
@@ -120,9 +128,9 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, trained, tmp_path):
     assert not (tmp_path / "bad.ckpt").exists()
 
 
-def test_unknown_ways_are_refused(tiny):
+def test_unknown_ways_are_refused():
     with pytest.raises(ValueError, match="on_non_finite must be raise or skip, found 'ignore'"):
-        tiny.team(on_non_finite="ignore")
+        make_team(on_non_finite="ignore")
 
 
 def test_the_first_tensor_is_named():
@@ -134,13 +142,13 @@ def test_the_first_tensor_is_named():
 
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
-def test_predictions_that_are_not_finite_are_scored_as_nan(tiny, tmp_path, split, value, capsys):
-    team = tiny.team(num_classes=6)
+def test_predictions_that_are_not_finite_are_scored_as_nan(tmp_path, split, value, capsys):
+    team = make_team(num_classes=6)
     images, labels = torch.randn(20, 1, 8, 8), torch.randint(6, (20,))
     fc = team.teammates["b"].backbone.fc
     with torch.no_grad():
         fc.bias[3] = value
-    trainer = tiny.trainer(tmp_path, callbacks=[DepthReport()], limit_val_batches=1.0)
+    trainer = make_trainer(tmp_path, callbacks=[DepthReport()], limit_val_batches=1.0)
     run = {"val": trainer.validate, "test": trainer.test}[split]
     run(team, DataLoader(TensorDataset(images, labels), batch_size=8), verbose=False)
     wrong = {name for name, v in trainer.callback_metrics.items() if not torch.isfinite(v)}
@@ -157,21 +165,21 @@ def test_predictions_that_are_not_finite_are_scored_as_nan(tiny, tmp_path, split
     assert "nan%" in capsys.readouterr().out
 
 
-def test_one_such_image_is_enough(tiny, tmp_path):
-    team = tiny.team()
+def test_one_such_image_is_enough(tmp_path):
+    team = make_team()
     images, labels = torch.randn(20, 1, 8, 8), torch.randint(10, (20,))
     images[5] = NAN
-    trainer = tiny.trainer(tmp_path)
+    trainer = make_trainer(tmp_path)
     trainer.test(team, DataLoader(TensorDataset(images, labels), batch_size=8), verbose=False)
     assert all(torch.isnan(value) for value in trainer.callback_metrics.values())
 
 
-def test_predictions_that_are_not_finite_are_left_blank(tiny, tmp_path):
-    team = tiny.team()
+def test_predictions_that_are_not_finite_are_left_blank(tmp_path):
+    team = make_team()
     images = torch.randn(4, 1, 8, 8)
     images[2] = NAN
     loader = DataLoader(TensorDataset(images, torch.zeros(4)), batch_size=3)
-    trainer = tiny.trainer(tmp_path, callbacks=[PredictionWriter()])
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
     trainer.predict(team, loader)
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = [list(row.values())[1:] for row in csv.DictReader(file)]
@@ -180,10 +188,10 @@ def test_predictions_that_are_not_finite_are_left_blank(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true", "32-true"])
-def test_metrics_are_sums_in_at_least_single_precision(tiny, tmp_path, precision):
-    team = tiny.team(b=None)
-    data = tiny.digits(batch_size=16)
-    trainer = tiny.trainer(tmp_path, precision=precision, limit_val_batches=1.0)
+def test_metrics_are_sums_in_at_least_single_precision(tmp_path, precision):
+    team = make_team(b=None)
+    data = make_digits(batch_size=16)
+    trainer = make_trainer(tmp_path, precision=precision, limit_val_batches=1.0)
     # As after a step at a high rate: each image has another loss, most of them large.
     with torch.no_grad():
         for net in (team.leader, team.teammates["a"].backbone):

@@ -6,6 +6,7 @@ from timm.optim import create_optimizer_v2
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
+from tests.helpers.teams import Recorder, make_digits, make_team, make_trainer
 
 STEPS = 10
 
@@ -28,28 +29,28 @@ def rates_of_torch(peak, warmup, steps, final):
 
 
 @pytest.mark.parametrize(("warmup", "final"), [(0.0, 0.0), (0.4, 0.0), (0.3, 0.05)])
-def test_learning_rate_of_a_run_is_that_of_torchs_schedulers(tiny, tmp_path, warmup, final):
-    recorder = tiny.Recorder()
-    team = tiny.team(
+def test_learning_rate_of_a_run_is_that_of_torchs_schedulers(tmp_path, warmup, final):
+    recorder = Recorder()
+    team = make_team(
         b=None,
         optimizer=OptimizerConfig(lr=0.05),
         schedule=ScheduleConfig(warmup=warmup, final=final),
     )
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         tmp_path, callbacks=[recorder], limit_train_batches=STEPS // 2, max_epochs=2
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     expected = rates_of_torch(0.05, round(warmup * STEPS), STEPS, final)
     assert recorder.rates == pytest.approx(expected)
 
 
-def test_the_schedule_counts_optimizer_steps_not_batches(tiny, tmp_path):
-    recorder = tiny.Recorder()
-    team = tiny.team(b=None, schedule=ScheduleConfig(warmup=0.0))
-    trainer = tiny.trainer(
+def test_the_schedule_counts_optimizer_steps_not_batches(tmp_path):
+    recorder = Recorder()
+    team = make_team(b=None, schedule=ScheduleConfig(warmup=0.0))
+    trainer = make_trainer(
         tmp_path, accumulate_grad_batches=2, callbacks=[recorder], limit_train_batches=8
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     assert recorder.rates[::2] == pytest.approx(rates_of_torch(0.1, 0, 4, 0.0))
 
 
@@ -126,8 +127,8 @@ def test_an_optimizer_that_needs_what_is_not_here_is_refused():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
-    team = tiny.team(
+def test_norms_and_biases_do_not_decay(frozen, per_depth_affine):
+    team = make_team(
         leader={"frozen": frozen},
         a={"per_depth_affine": per_depth_affine},
         b={"name": "timm/test_vit", "options": {"img_size": 8, "patch_size": 4}},
@@ -166,11 +167,11 @@ def test_norms_and_biases_do_not_decay(tiny, frozen, per_depth_affine):
     ],
     ids=lambda value: value[0],
 )
-def test_groups_are_those_that_timm_makes_of_each_backbone(tiny, backbone, options):
+def test_groups_are_those_that_timm_makes_of_each_backbone(backbone, options):
     """By name: rate and decay of each parameter."""
     name, arguments = backbone
     config = {"name": name, "options": arguments}
-    team = tiny.team(
+    team = make_team(
         input_shape=(3, 32, 32),
         leader=config,
         a=config | {"per_depth_affine": True},
@@ -208,15 +209,15 @@ def values_by_parameter(optimizer, scaled=False):
     }
 
 
-def test_a_run_without_an_end_has_the_peak_rate_and_all_transfers(tiny, tmp_path):
-    recorder = tiny.Recorder()
-    trainer = tiny.trainer(
+def test_a_run_without_an_end_has_the_peak_rate_and_all_transfers(tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(
         tmp_path,
         callbacks=[recorder],
         limit_train_batches=2,
         max_epochs=-1,
         max_time={"seconds": 1},
     )
-    trainer.fit(tiny.team(b=None), tiny.digits())
+    trainer.fit(make_team(b=None), make_digits())
     assert set(recorder.rates) == {0.1}
     assert trainer.callback_metrics["train/ramp"] == 1.0

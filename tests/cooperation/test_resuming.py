@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from teamnet_pl.callbacks import LastCheckpoint
 from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
 from teamnet_pl.cooperation.optimization import StepSchedule
+from tests.helpers.teams import Recorder, assert_same_state, make_digits, make_team, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAST = "logs/version_0/checkpoints/last.ckpt"
@@ -95,16 +96,16 @@ CASES = {
 
 @pytest.mark.fault("a run stops within an epoch", "it goes on to the same weights, bit for bit")
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, case):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case):
     options = CASES[case]
 
     def fit(seed=0, keep=None, **kwargs):
-        team = tiny.team(seed=seed, **{"b": None} | options.get("team", {}))
-        data = tiny.digits(**{"train_size": 150} | options.get("data", {}))
+        team = make_team(seed=seed, **{"b": None} | options.get("team", {}))
+        data = make_digits(**{"train_size": 150} | options.get("data", {}))
         pl.seed_everything(seed, verbose=False)
         logger = Rows()
         callbacks = options.get("callbacks", list)()
-        trainer = tiny.trainer(
+        trainer = make_trainer(
             tmp_path,
             **{"max_epochs": 2, "limit_train_batches": 4} | options.get("trainer", {}),
             callbacks=callbacks + [keep] * (keep is not None),
@@ -122,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, case):
     # All but the last one, from which there is nothing to do.
     for path, logged in keep.kept[: -1 : options.get("every", 2)]:
         resumed = fit(seed=1, ckpt_path=path)
-        tiny.assert_same_state(resumed[0], weights)
+        assert_same_state(resumed[0], weights)
         torch.testing.assert_close(resumed[1], optimizer, rtol=0, atol=0)
         assert not logged & resumed[2].keys()
         assert {key: log[key] for key in logged} | resumed[2] == log
@@ -130,13 +131,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, case):
 
 
 @pytest.mark.parametrize("finder", [BatchSizeFinder, LearningRateFinder])
-def test_a_search_does_not_change_the_length_of_the_schedule(tiny, tmp_path, finder):
-    recorder = tiny.Recorder()
+def test_a_search_does_not_change_the_length_of_the_schedule(tmp_path, finder):
+    recorder = Recorder()
     search = {BatchSizeFinder: {"max_trials": 2, "init_val": 16}, LearningRateFinder: {}}[finder]
-    team = tiny.team(b=None, schedule=ScheduleConfig(warmup=0.0))
+    team = make_team(b=None, schedule=ScheduleConfig(warmup=0.0))
     callbacks = [finder(**search), recorder]
-    trainer = tiny.trainer(tmp_path, callbacks=callbacks, max_epochs=2)
-    trainer.fit(team, tiny.digits(train_size=320))
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_epochs=2)
+    trainer.fit(team, make_digits(train_size=320))
     steps = trainer.global_step
     rates = recorder.rates[-steps:]
     assert steps == 2 * (320 // trainer.datamodule.batch_size)

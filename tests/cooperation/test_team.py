@@ -7,6 +7,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from teamnet_pl.cooperation import Cooperation, Edge, Team
+from tests.helpers.teams import (
+    assert_same_state,
+    extracted_logits,
+    make_digits,
+    make_team,
+    make_trainer,
+    snapshot,
+)
 
 THREE = {
     "leader": {},
@@ -32,8 +40,8 @@ class Calls:
         return counted
 
 
-def test_one_forward_one_backward_and_one_step_a_batch(tiny, tmp_path, monkeypatch):
-    team = tiny.team()
+def test_one_forward_one_backward_and_one_step_a_batch(tmp_path, monkeypatch):
+    team = make_team()
     calls = Calls(
         monkeypatch,
         backward=(torch.Tensor, "backward"),
@@ -43,7 +51,7 @@ def test_one_forward_one_backward_and_one_step_a_batch(tiny, tmp_path, monkeypat
         a=(team.teammates["a"].backbone, "forward"),
         b=(team.teammates["b"].backbone, "forward"),
     )
-    tiny.trainer(tmp_path, limit_train_batches=3).fit(team, tiny.digits())
+    make_trainer(tmp_path, limit_train_batches=3).fit(team, make_digits())
     assert calls.counts == {
         "optimizer": 1,
         "backward": 3,
@@ -55,13 +63,13 @@ def test_one_forward_one_backward_and_one_step_a_batch(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_three_architectures_train(tiny, tmp_path, precision):
-    team = tiny.team(**THREE)
-    before = tiny.snapshot(team)
-    trainer = tiny.trainer(
+def test_three_architectures_train(tmp_path, precision):
+    team = make_team(**THREE)
+    before = snapshot(team)
+    trainer = make_trainer(
         tmp_path, limit_train_batches=2, limit_val_batches=1, precision=precision
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
     for member in ("leader", "teammates.a", "teammates.b"):
@@ -74,8 +82,8 @@ def test_three_architectures_train(tiny, tmp_path, precision):
         assert all(moved)
 
 
-def test_bf16_logits_come_out_in_single_precision(tiny):
-    team = tiny.team()
+def test_bf16_logits_come_out_in_single_precision():
+    team = make_team()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert team.leader(torch.randn(2, 1, 8, 8)).dtype == torch.bfloat16
         logits = team(torch.randn(2, 1, 8, 8))
@@ -83,15 +91,15 @@ def test_bf16_logits_come_out_in_single_precision(tiny):
 
 
 @pytest.fixture(scope="module")
-def weights(tiny, tmp_path_factory):
+def weights(tmp_path_factory):
     """A team's Lightning checkpoint and a plain file of its Leader's weights."""
     folder = tmp_path_factory.mktemp("weights")
-    team = tiny.team(seed=1, a={"depths": 4})
-    trainer = tiny.trainer(folder, limit_train_batches=2)
-    trainer.fit(team, tiny.digits())
+    team = make_team(seed=1, a={"depths": 4})
+    trainer = make_trainer(folder, limit_train_batches=2)
+    trainer.fit(team, make_digits())
     trainer.save_checkpoint(folder / "team.ckpt")
     torch.save(team.leader.state_dict(), folder / "plain.pt")
-    return folder, tiny.snapshot(team)
+    return folder, snapshot(team)
 
 
 @pytest.mark.parametrize("member", ["leader", "a", "b"])
@@ -99,10 +107,10 @@ def weights(tiny, tmp_path_factory):
     ("file", "prefix"),
     [("plain.pt", ""), ("team.ckpt", "leader."), ("team.ckpt", "teammates.a.backbone.")],
 )
-def test_members_start_from_checkpoints(tiny, weights, member, file, prefix):
+def test_members_start_from_checkpoints(weights, member, file, prefix):
     folder, trained = weights
     config = {"checkpoint": str(folder / file), "checkpoint_prefix": prefix}
-    team = tiny.team(**{member: config})
+    team = make_team(**{member: config})
     net = team.leader if member == "leader" else team.teammates[member].backbone
     source = prefix or "leader."
     expected = {
@@ -110,7 +118,7 @@ def test_members_start_from_checkpoints(tiny, weights, member, file, prefix):
         for name, value in trained.items()
         if name.startswith(source)
     }
-    tiny.assert_same_state(net.state_dict(), expected)
+    assert_same_state(net.state_dict(), expected)
 
 
 @pytest.mark.parametrize(
@@ -122,27 +130,27 @@ def test_members_start_from_checkpoints(tiny, weights, member, file, prefix):
         ({"checkpoint": "none.pt"}, FileNotFoundError, "none.pt"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(tiny, weights, config, error, message):
+def test_weights_that_do_not_fit_are_refused(weights, config, error, message):
     config = config | {"checkpoint": str(weights[0] / config["checkpoint"])}
     with pytest.raises(error, match=message):
-        tiny.team(leader=config)
+        make_team(leader=config)
 
 
-def test_a_frozen_leader_stays_as_it_was(tiny, tmp_path):
-    team = tiny.team(leader={"frozen": True})
-    before = tiny.snapshot(team.leader)
+def test_a_frozen_leader_stays_as_it_was(tmp_path):
+    team = make_team(leader={"frozen": True})
+    before = snapshot(team.leader)
     modes = []
 
     def note_mode(module, args):
         modes.append(module.training)
 
     team.leader.register_forward_pre_hook(note_mode)
-    trainer = tiny.trainer(tmp_path, limit_train_batches=2, limit_val_batches=1, max_epochs=2)
-    trainer.fit(team, tiny.digits())
+    trainer = make_trainer(tmp_path, limit_train_batches=2, limit_val_batches=1, max_epochs=2)
+    trainer.fit(team, make_digits())
     assert modes
     assert not any(modes)
     assert all(module.training for module in team.teammates.modules())
-    tiny.assert_same_state(team.leader.state_dict(), before)
+    assert_same_state(team.leader.state_dict(), before)
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimized == {id(parameter) for parameter in team.teammates.parameters()}
     assert "train/ce/leader" not in trainer.callback_metrics
@@ -150,8 +158,8 @@ def test_a_frozen_leader_stays_as_it_was(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_frozen_leader_is_in_evaluation_mode_whatever_the_team_is_in(tiny, mode):
-    team = tiny.team(leader={"frozen": True})
+def test_a_frozen_leader_is_in_evaluation_mode_whatever_the_team_is_in(mode):
+    team = make_team(leader={"frozen": True})
     assert not any(module.training for module in team.leader.modules())
     getattr(team, mode)()
     assert not any(module.training for module in team.leader.modules())
@@ -178,21 +186,21 @@ OFF = Edge(weight=0.0)
     ],
     ids=["all", "no leader", "no b", "leader off", "peer off", "depths off", "joint"],
 )
-def test_ablations_leave_their_transfers_out(tiny, tmp_path, kwargs, expected):
-    team = tiny.team(**kwargs)
+def test_ablations_leave_their_transfers_out(tmp_path, kwargs, expected):
+    team = make_team(**kwargs)
     assert {str(transfer) for transfer in team.transfers} == expected
-    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
-    trainer.fit(team, tiny.digits())
+    trainer = make_trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(team, make_digits())
     logged = {name for name in trainer.callback_metrics if "kd" in name}
     assert logged == {f"train/kd/{transfer}" for transfer in expected}
 
 
-def test_members_are_named_by_teammate_and_depth(tiny):
-    team = tiny.team()
+def test_members_are_named_by_teammate_and_depth():
+    team = make_team()
     found = ["leader", "a/d7", "a/d4", "a/d0", "b/d7", "b/d5", "b/d2"]
     assert team.members() == found
     assert list(team(torch.randn(2, 1, 8, 8))) == found
-    assert tiny.team(leader=None, b=None).members() == ["a/d7", "a/d4", "a/d0"]
+    assert make_team(leader=None, b=None).members() == ["a/d7", "a/d4", "a/d0"]
 
 
 @pytest.mark.parametrize(
@@ -207,32 +215,32 @@ def test_members_are_named_by_teammate_and_depth(tiny):
     ],
     ids=str,
 )
-def test_a_teammate_has_the_depths_of_its_config(tiny, config, expected):
-    found = tiny.team(a=config).elastic_nets["a"].depths
+def test_a_teammate_has_the_depths_of_its_config(config, expected):
+    found = make_team(a=config).elastic_nets["a"].depths
     assert [depth.per_stage for depth in found] == expected
 
 
 @pytest.mark.parametrize("per_depth", [False, True])
-def test_a_teammate_shares_the_weights_of_its_norms_or_not(tiny, per_depth):
-    net = tiny.team(a={"per_depth_affine": per_depth}).elastic_nets["a"]
+def test_a_teammate_shares_the_weights_of_its_norms_or_not(per_depth):
+    net = make_team(a={"per_depth_affine": per_depth}).elastic_nets["a"]
     (copy, *_) = net.norms["layer3-0-bn1"]
     assert (copy.weight is net.backbone.layer3[0].bn1.weight) != per_depth
 
 
-def test_a_teammate_trains_alike_with_gradient_checkpointing(tiny, tmp_path):
+def test_a_teammate_trains_alike_with_gradient_checkpointing(tmp_path):
     runs, states = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        team = tiny.team(a={"grad_checkpointing": checkpointing})
+        team = make_team(a={"grad_checkpointing": checkpointing})
         calls = []
         for net in team.elastic_nets.values():
             layer = net.backbone.layer1[1].conv1
             layer.register_forward_hook(lambda own, *_, calls=calls: calls.append(own.training))
-        tiny.trainer(tmp_path, limit_train_batches=3).fit(team, tiny.digits())
+        make_trainer(tmp_path, limit_train_batches=3).fit(team, make_digits())
         runs.append(sum(calls))
         states.append(team.state_dict())
     assert runs == [3 + 3, 6 + 3]  # of a and of b
-    tiny.assert_same_state(*states)
+    assert_same_state(*states)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +253,9 @@ def test_a_teammate_trains_alike_with_gradient_checkpointing(tiny, tmp_path):
         ({"b": {"name": "cifar/resnet21"}}, "cifar/resnet20"),
     ],
 )
-def test_wrong_arguments_are_refused(tiny, kwargs, message):
+def test_wrong_arguments_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        tiny.team(**kwargs)
+        make_team(**kwargs)
 
 
 def measured(probabilities, labels):
@@ -269,8 +277,8 @@ def measured(probabilities, labels):
     return found
 
 
-def metrics_by_hand(tiny, team, stage, images, labels):
-    logits = tiny.extracted_logits(team, images)
+def metrics_by_hand(team, stage, images, labels):
+    logits = extracted_logits(team, images)
     found = {member: own.double().softmax(-1).numpy() for member, own in logits.items()}
     accuracies = [
         (own.argmax(1) == labels).mean() for member, own in found.items() if member != "leader"
@@ -288,45 +296,45 @@ def metrics_by_hand(tiny, team, stage, images, labels):
 
 @pytest.mark.parametrize("members", [{}, {"b": None}, {"leader": None}], ids=str)
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_are_those_of_each_depth_over_the_whole_split(tiny, tmp_path, members, stage):
-    team = tiny.team(**members)
-    data = tiny.digits(batch_size=64)  # does not divide either split
-    trainer = tiny.trainer(tmp_path, limit_train_batches=10, limit_val_batches=1.0, max_epochs=2)
+def test_metrics_are_those_of_each_depth_over_the_whole_split(tmp_path, members, stage):
+    team = make_team(**members)
+    data = make_digits(batch_size=64)  # does not divide either split
+    trainer = make_trainer(tmp_path, limit_train_batches=10, limit_val_batches=1.0, max_epochs=2)
     trainer.fit(team, data)
     evaluate = trainer.validate if stage == "val" else trainer.test
     (found,) = evaluate(team, data, verbose=False)
     loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert len(labels) % 64
-    expected = metrics_by_hand(tiny, team, stage, data.normalize(images), labels.numpy())
+    expected = metrics_by_hand(team, stage, data.normalize(images), labels.numpy())
     assert len({value for name, value in expected.items() if "/loss/" in name}) > 2
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_five_classes_have_no_top5(tiny, tmp_path):
+def test_five_classes_have_no_top5(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(20, 1, 8, 8, generator=generator), torch.arange(20) % 5
-    team = tiny.team(num_classes=5)
+    team = make_team(num_classes=5)
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)
-    (found,) = tiny.trainer(tmp_path).test(team, loader, verbose=False)
-    expected = metrics_by_hand(tiny, team, "test", images, labels.numpy())
+    (found,) = make_trainer(tmp_path).test(team, loader, verbose=False)
+    expected = metrics_by_hand(team, "test", images, labels.numpy())
     assert not any("top5" in name for name in expected)
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_metrics_of_a_fit_start_anew_each_epoch(tiny, tmp_path):
-    team, data = tiny.team(), tiny.digits()
-    trainer = tiny.trainer(tmp_path, limit_train_batches=5, limit_val_batches=1.0, max_epochs=3)
+def test_metrics_of_a_fit_start_anew_each_epoch(tmp_path):
+    team, data = make_team(), make_digits()
+    trainer = make_trainer(tmp_path, limit_train_batches=5, limit_val_batches=1.0, max_epochs=3)
     trainer.fit(team, data)
     found = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
-    expected = metrics_by_hand(tiny, team, "val", data.normalize(images), labels.numpy())
+    expected = metrics_by_hand(team, "val", data.normalize(images), labels.numpy())
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_predictions_are_class_probabilities_of_each_member(tiny, tmp_path):
-    team, data = tiny.team(), tiny.digits(batch_size=64)
-    predictions = tiny.trainer(tmp_path).predict(team, data)
+def test_predictions_are_class_probabilities_of_each_member(tmp_path):
+    team, data = make_team(), make_digits(batch_size=64)
+    predictions = make_trainer(tmp_path).predict(team, data)
     images = data.normalize(next(iter(data.test_dataloader()))[0])
     team.eval()
     with torch.no_grad(), team.teammates["b"].at("d5") as net:

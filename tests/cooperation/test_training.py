@@ -13,32 +13,42 @@ from lightning.pytorch.callbacks import (
 from torch.utils.data import DataLoader
 
 from teamnet_pl.cooperation import OptimizerConfig
+from tests.helpers.teams import (
+    CONSTANT,
+    Recorder,
+    assert_same_state,
+    make_digits,
+    make_team,
+    make_trainer,
+    plain_nets,
+    snapshot,
+)
 
 
 @pytest.fixture
-def unmixed_team(tiny, own_nets):
+def unmixed_team(own_nets):
     """A team without batch norm: a batch may be cut in pieces of the same size."""
     own = {"name": "own_nets.GroupNormNet"}
-    return lambda **kwargs: tiny.team(leader=own, a=own, b=own, **kwargs)
+    return lambda **kwargs: make_team(leader=own, a=own, b=own, **kwargs)
 
 
-def test_accumulated_batches_are_one_large_batch(tiny, tmp_path, unmixed_team):
+def test_accumulated_batches_are_one_large_batch(tmp_path, unmixed_team):
     teams = []
     for pieces in (1, 4):
         team = unmixed_team(optimizer=OptimizerConfig(lr=0.05))
-        trainer = tiny.trainer(
+        trainer = make_trainer(
             tmp_path,
             accumulate_grad_batches=pieces,
             limit_train_batches=3 * pieces,
             precision="64-true",
         )
-        trainer.fit(team, tiny.digits(batch_size=32 // pieces))
+        trainer.fit(team, make_digits(batch_size=32 // pieces))
         assert trainer.global_step == 3
         teams.append(team.state_dict())
-    tiny.assert_same_state(teams[1], teams[0], rtol=1e-8, atol=1e-10)
+    assert_same_state(teams[1], teams[0], rtol=1e-8, atol=1e-10)
 
 
-def test_gradients_are_clipped(tiny, tmp_path):
+def test_gradients_are_clipped(tmp_path):
     limit, lr = 0.01, 0.5
     gradients = []
 
@@ -47,12 +57,12 @@ def test_gradients_are_clipped(tiny, tmp_path):
             gradients.append({name: p.grad.clone() for name, p in team.named_parameters()})
 
     plain = OptimizerConfig("momentum", lr=lr, momentum=0.0, weight_decay=0.0)
-    team = tiny.team(optimizer=plain, schedule=tiny.constant)
-    before = tiny.snapshot(team)
-    trainer = tiny.trainer(
+    team = make_team(optimizer=plain, schedule=CONSTANT)
+    before = snapshot(team)
+    trainer = make_trainer(
         tmp_path, callbacks=[KeepGradients()], gradient_clip_val=limit, limit_train_batches=1
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     norm = torch.cat([gradient.flatten() for gradient in gradients[0].values()]).norm()
     assert norm > limit
     for name, parameter in team.named_parameters():
@@ -60,13 +70,13 @@ def test_gradients_are_clipped(tiny, tmp_path):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_exponential_moving_average(tiny, tmp_path):
-    recorder, decay = tiny.Recorder(), 0.6
-    team = tiny.team()
-    trainer = tiny.trainer(
+def test_exponential_moving_average(tmp_path):
+    recorder, decay = Recorder(), 0.6
+    team = make_team()
+    trainer = make_trainer(
         tmp_path, callbacks=[EMAWeightAveraging(decay=decay), recorder], limit_train_batches=4
     )
-    trainer.fit(team, tiny.digits())
+    trainer.fit(team, make_digits())
     first, *others = recorder.weights
     for name, value in team.state_dict().items():
         if value.is_floating_point():
@@ -77,21 +87,21 @@ def test_exponential_moving_average(tiny, tmp_path):
     assert not torch.equal(team.leader.fc.weight, others[-1]["leader.fc.weight"])
 
 
-def test_the_averaged_weights_are_validated_and_kept(tiny, tmp_path):
+def test_the_averaged_weights_are_validated_and_kept(tmp_path):
     callbacks = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="best")]
-    team, data = tiny.team(), tiny.digits()
-    trainer = tiny.trainer(
+    team, data = make_team(), make_digits()
+    trainer = make_trainer(
         tmp_path, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=1.0
     )
     trainer.fit(team, data)
     logged = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     kept = type(team).load_from_checkpoint(tmp_path / "best.ckpt")
-    tiny.assert_same_state(kept.state_dict(), team.state_dict())
-    (found,) = tiny.trainer(tmp_path, limit_val_batches=1.0).validate(kept, data, verbose=False)
+    assert_same_state(kept.state_dict(), team.state_dict())
+    (found,) = make_trainer(tmp_path, limit_val_batches=1.0).validate(kept, data, verbose=False)
     assert found == pytest.approx(logged)
 
 
-def test_stochastic_weight_averaging(tiny, tmp_path):
+def test_stochastic_weight_averaging(tmp_path):
     starts, batches = [], []
 
     class Keep(pl.Callback):
@@ -102,12 +112,12 @@ def test_stochastic_weight_averaging(tiny, tmp_path):
         def on_train_batch_start(self, trainer, team, batch, batch_idx):
             batches.append(batch[0])
 
-    team = tiny.team()
+    team = make_team()
     # Lightning counts epochs from 1 here, and averages the weights with which epochs begin. After
     # that it takes one step too many, at the last learning rate: here almost 0.
     swa = StochasticWeightAveraging(swa_lrs=1e-9, swa_epoch_start=3, annealing_epochs=3)
-    trainer = tiny.trainer(tmp_path, callbacks=[Keep(), swa], limit_train_batches=3, max_epochs=5)
-    trainer.fit(team, tiny.digits())
+    trainer = make_trainer(tmp_path, callbacks=[Keep(), swa], limit_train_batches=3, max_epochs=5)
+    trainer.fit(team, make_digits())
     for name, parameter in team.named_parameters():
         assert not torch.equal(starts[2][name], starts[3][name])
         average = torch.stack([weights[name] for weights in starts[2:5]]).mean(0)
@@ -115,7 +125,7 @@ def test_stochastic_weight_averaging(tiny, tmp_path):
     # Statistics of batch norm are then those of one more epoch, at each depth.
     team.eval()
     images = torch.randn(8, 1, 8, 8)
-    for member, (_, plain) in tiny.plain_nets(team).items():
+    for member, (_, plain) in plain_nets(team).items():
         for norm in plain.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.reset_running_stats()
@@ -134,11 +144,11 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 == self.epochs
 
 
-def fit(tiny, folder, data, batches, epochs=4, resume=None, **kwargs):
+def fit(folder, data, batches, epochs=4, resume=None, **kwargs):
     """Trains for four epochs at most; returns weights, optimiser and the last metrics."""
-    team = tiny.team(**kwargs)
+    team = make_team(**kwargs)
     callbacks = [ModelCheckpoint(folder, save_last=True), StopAfter(epochs)]
-    trainer = tiny.trainer(
+    trainer = make_trainer(
         folder,
         callbacks=callbacks,
         enable_checkpointing=True,
@@ -174,16 +184,16 @@ class Unshuffled(pl.LightningDataModule):
     [(False, 3), (True, 2), (True, None)],
     ids=["in order", "shuffled", "shuffled, whole epochs"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, shuffled, batches):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, shuffled, batches):
     def run(folder, **kwargs):
-        data = tiny.digits(train_size=100)
+        data = make_digits(train_size=100)
         data = data if shuffled else Unshuffled(data)
-        return fit(tiny, tmp_path / folder, data, batches, **kwargs)
+        return fit(tmp_path / folder, data, batches, **kwargs)
 
     whole = run("whole")
     half = run("half", epochs=2)
     resumed = run("resumed", resume=tmp_path / "half" / "last.ckpt", seed=1)
     assert whole[2]["train/loss"] != half[2]["train/loss"]
-    tiny.assert_same_state(resumed[0], whole[0])
+    assert_same_state(resumed[0], whole[0])
     torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
     assert resumed[2] == whole[2]

@@ -12,6 +12,7 @@ from PIL import Image
 from teamnet_pl.data import ImageFolder, Statistics
 from teamnet_pl.data.images import read_image
 from teamnet_pl.data.loading import Skipped, UnreadableImageError
+from tests.helpers.teams import make_team, make_trainer
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
@@ -237,12 +238,12 @@ def test_nothing_but_broken_images(folder):
         image_folder(folder, on_error="skip")
 
 
-def test_metrics_leave_out_what_is_skipped(folder, tiny, tmp_path):
+def test_metrics_leave_out_what_is_skipped(folder, tmp_path):
     """Also where all images of a batch are: they are as without the files."""
     replace(folder, b"broken", "test", which=[0, 1, 2, 5])
-    team = tiny.team(num_classes=3, input_shape=(3, 40, 40))
+    team = make_team(num_classes=3, input_shape=(3, 40, 40))
     options = {"batch_size": 3, "on_error": "skip"}
-    trainer = tiny.trainer(tmp_path)
+    trainer = make_trainer(tmp_path)
     with pytest.warns(UserWarning, match="4 images could not be read"):
         (found,) = trainer.test(team, ImageFolder(root=folder, **options), verbose=False)
     for index, path in enumerate(sorted((folder / "test").rglob("*.png"))):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from teamnet_pl import ElasticNet, Team
 from teamnet_pl.backbones import CifarResNet
+from tests.helpers.teams import make_digits
 
 SHAPE = (3, 32, 32)
 
@@ -187,9 +188,9 @@ def team(checkpoint):
 
 
 @pytest.fixture(scope="session")
-def digits(tiny):
+def digits():
     """The test split: raw images, uint8 or float arrays as the data has them, and its batches."""
-    data = tiny.digits()
+    data = make_digits()
     data.setup("test")
     return data
 

@@ -11,6 +11,7 @@ from teamnet_pl import Team, TeammateConfig
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.elastic import depth_costs
+from tests.helpers.teams import make_team, make_trainer
 
 pytestmark = [
     # huggingface_hub opens a model card and a config without closing them.
@@ -268,9 +269,9 @@ def test_an_evaluation_of_other_weights_is_not_believed(checkpoint, tmp_path):
     assert Teammate.from_checkpoint(tmp_path / "other.ckpt").accuracy == {}
 
 
-def test_checkpoint_that_does_not_name_its_data(tiny, tmp_path):
-    team = tiny.team(b=None)
-    trainer = tiny.trainer(tmp_path)
+def test_checkpoint_that_does_not_name_its_data(tmp_path):
+    team = make_team(b=None)
+    trainer = make_trainer(tmp_path)
     trainer.strategy.connect(team)
     trainer.save_checkpoint(tmp_path / "team.ckpt")
     found = Teammate.from_checkpoint(tmp_path / "team.ckpt")

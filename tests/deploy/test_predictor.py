@@ -17,6 +17,7 @@ from teamnet_pl.deploy.controller import DepthController
 from teamnet_pl.deploy.images import Preprocessing
 from teamnet_pl.deploy.predictor import Predictor
 from teamnet_pl.deploy.profile import Profile, ProfileRow
+from tests.helpers.teams import assert_same_state
 
 MILLISECONDS = {"d7": 10.0, "d4": 6.0, "d0": 2.0}
 
@@ -348,9 +349,9 @@ def test_unknown_depths(team):
 # Loading
 
 
-def test_loaded_net_is_the_team_s(checkpoint, team, tiny):
+def test_loaded_net_is_the_team_s(checkpoint, team):
     net = Teammate.from_checkpoint(checkpoint, "b")
-    tiny.assert_same_state(net.state_dict(), team.teammates["b"].state_dict())
+    assert_same_state(net.state_dict(), team.teammates["b"].state_dict())
     assert not net.training
 
 
