@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from teamnet_pl.backbones import create_backbone
-from teamnet_pl.callbacks.depth_report import report_rows
 from teamnet_pl.cooperation import (
     Cooperation,
     Edge,
+    KLDivergence,
     LeaderConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -35,10 +35,12 @@ from teamnet_pl.cooperation import (
     TeammateConfig,
 )
 from teamnet_pl.cooperation.optimization import configure
+from teamnet_pl.cooperation.report import Report
 from teamnet_pl.data import Digits, FashionMNIST
 from teamnet_pl.elastic import ElasticNet, cost
 
 NO = Edge(weight=0.0)
+T1, T4 = (Edge(kind=KLDivergence(temperature)) for temperature in (1.0, 4.0))
 
 
 def team(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
@@ -62,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "team": {},
     "no_leader": {"leader": None},
     "no_peer": {"cooperation": Cooperation(peer=NO)},
-    "no_depths": {"cooperation": Cooperation(depths=NO)},
+    "no_sub_networks": {"cooperation": Cooperation(sub_networks=NO)},
     "one_teammate": {"b": None},
     "wide_leader": {"leader_width": 2},
     "self_distilled": {"leader": None, "b": None},
@@ -74,8 +76,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "no_ramp": {"cooperation": Cooperation(ramp=0.0)},
     "weight_1": {"cooperation": Cooperation(Edge(1.0), Edge(1.0), Edge(1.0))},
     "weight_2": {"cooperation": Cooperation(Edge(2.0), Edge(2.0), Edge(2.0))},
-    "temperature_4": {"cooperation": Cooperation(Edge(0.5, 4), Edge(0.5, 4), Edge(0.5, 4))},
-    "temperature_1": {"cooperation": Cooperation(Edge(0.5, 1), Edge(0.5, 1), Edge(0.5, 1))},
+    "temperature_4": {"cooperation": Cooperation(T4, T4, T4)},
+    "temperature_1": {"cooperation": Cooperation(T1, T1, T1)},
 }
 
 
@@ -163,14 +165,24 @@ def run(args: argparse.Namespace, method: str, seed: int) -> list[dict[str, Any]
         arguments = team(args, **METHODS[method])
         module = Team(classes, shape, optimizer=optimizer, schedule=schedule, **arguments)
         found = train(args, module)
-        both = zip(
-            report_rows(module, "val", found), report_rows(module, "test", found), strict=True
-        )
+        val, test = (report(module, found, split).rows for split in ("val", "test"))
         rows = [
             {"net": v.net, "depth": v.depth, "macs": v.macs, "val": v.accuracy, "test": t.accuracy}
-            for v, t in both
+            for v, t in zip(val, test, strict=True)
         ]
     return [{"method": method, "seed": seed, "lr": lr, **row} for row in rows]
+
+
+def report(module: Team, metrics: dict[str, float], split: str) -> Report:
+    """The report of one split, from the metrics of both."""
+    prefix = f"{split}/"
+    values = {
+        name.removeprefix(prefix): value
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    }
+    nets = module.elastic_nets
+    return Report.of(nets, module.leader, module.input_shape, values, split=split)
 
 
 def method_lr(text: str) -> tuple[str, float]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teamnet_pl.callbacks.depth_report import HEADER, Row, report_lines
+from teamnet_pl.cooperation.report import REPORT_HEADER, Report, report_lines
 from teamnet_pl.deploy.profile import HEADER as HEADER_OF_PROFILE
 from teamnet_pl.deploy.profile import Profile, profile_lines
 
@@ -203,8 +203,7 @@ def compatibility(name: str) -> str:
 
 def per_depth(name: str) -> str:
     """What one run reports, from its per_depth.json."""
-    rows = [Row(**row) for row in json.loads((RESULTS / f"{name}.json").read_text())]
-    return markdown(HEADER, report_lines(rows))
+    return markdown(REPORT_HEADER, report_lines(Report.load(RESULTS / f"{name}.json")))
 
 
 def profile(name: str) -> str:

@@ -19,6 +19,7 @@ from teamnet_pl.errors import TeamNetError
 
 _LIBRARIES = ("cifar/", "torchvision/", "timm/")
 _DATA_CLASS = re.compile(r"teamnet_pl\.data\.[A-Za-z]\w*")
+_TRANSFER_KIND = re.compile(r"teamnet_pl\.cooperation\.(kinds\.)?[A-Za-z]\w*")
 _TRANSFORM_CLASS = re.compile(r"torchvision\.transforms\.v2\.[A-Za-z]\w*")
 _TRANSFORM_FIELDS = ("train_transform", "extra_transform")
 _WORD = re.compile(r"[\w-]*")
@@ -96,7 +97,8 @@ class Trust:
         if isinstance(value, Mapping):
             if "class_path" in value:
                 name = value["class_path"]
-                self._refuse(f"{key}.class_path", name, f"the class {name}, which runs code")
+                if not isinstance(name, str) or not _TRANSFER_KIND.fullmatch(name):
+                    self._refuse(f"{key}.class_path", name, f"the class {name}, which runs code")
             for name, inner in value.items():
                 if not isinstance(name, str):
                     raise TeamNetError(

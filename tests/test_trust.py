@@ -11,7 +11,7 @@ import torch
 
 from teamnet_pl import Team, TeammateConfig, data
 from teamnet_pl.cli import main
-from teamnet_pl.cooperation.team import RUN_KEY
+from teamnet_pl.cooperation.restoring import RUN_KEY
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.deploy.checkpoint import SavedTeam

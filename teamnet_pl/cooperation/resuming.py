@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from teamnet_pl.errors import TeamNetError
 
-_TEAM = ("num_classes", "input_shape", "leader", "a", "b")
+_TEAM = ("num_classes", "input_shape", "leader", "a", "b", "extra_teammates")
 _CHANGEABLE = ("grad_checkpointing",)  # which changes no result
 
 

@@ -1,24 +1,21 @@
-"""A team: a Leader and two Teammates, trained together at all depths."""
+"""A team: a Leader and Teammates, trained together at all depths."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import (
@@ -27,14 +24,31 @@ from teamnet_pl.checkpoints import (
     no_larger_than,
     number_of_weights,
 )
-from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig, restore_arguments
-from teamnet_pl.cooperation.metrics import member_metrics
+from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig
+from teamnet_pl.cooperation.data_check import check_data
+from teamnet_pl.cooperation.losses import CooperativeLoss
+from teamnet_pl.cooperation.members import (
+    ENSEMBLE,
+    LEADER,
+    at_least_single,
+    member_logits,
+    member_names,
+    member_probabilities,
+)
+from teamnet_pl.cooperation.metrics import TeamMetrics
+from teamnet_pl.cooperation.non_finite import NonFiniteGuard, NonFinitePolicy
 from teamnet_pl.cooperation.optimization import (
     OptimizerConfig,
     ScheduleConfig,
     StepSchedule,
     configure,
     training_steps,
+)
+from teamnet_pl.cooperation.restoring import (
+    RUN_KEY,
+    load_weights,
+    restore_arguments,
+    team_content,
 )
 from teamnet_pl.cooperation.resuming import (
     apply_options,
@@ -44,16 +58,20 @@ from teamnet_pl.cooperation.resuming import (
     resume_epoch,
     unlogged_row,
 )
-from teamnet_pl.cooperation.transfers import Cooperation, distillation_loss
+from teamnet_pl.cooperation.transfers import Cooperation, Transfer
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, naming
 
-Stage = Literal["val", "test"]
+EvaluatedSplit = Literal["val", "test"]
 
-RUN_KEY = "teamnet"
-"""Where a checkpoint holds `Team.run`."""
+if TYPE_CHECKING:
+    Leader: TypeAlias = LeaderConfig | nn.Module
+    Teammate: TypeAlias = TeammateConfig | nn.Module
+else:  # The command line makes members of configs alone.
+    Leader, Teammate = LeaderConfig, TeammateConfig
 
 
 class Team(LightningModule):
@@ -63,12 +81,18 @@ class Team(LightningModule):
     Leader once and each Teammate once, packed. The loss is the sum of every member's label loss and
     of every transfer, weighted. One optimiser takes one step on it.
 
+    Each member is given by its config, or in Python as a module: the Leader as any `nn.Module`, a
+    Teammate as an `ElasticNet` or as a backbone that becomes one with default depths. A checkpoint
+    does not hold the class of a module; `load_from_checkpoint` takes it as an argument.
+
     Args:
         num_classes: Number of classes.
         input_shape: Shape of one image, ``(channels, height, width)``.
-        leader: The Leader, or None to train without.
+        leader: The Leader, or None to train without. As a module it only teaches if none of its
+            parameters requires a gradient.
         a: One Teammate.
         b: The other, or None to train one alone.
+        extra_teammates: More Teammates, by name.
         cooperation: The transfers between them.
         optimizer: The optimiser of all of them.
         schedule: Its learning rate over the training.
@@ -79,11 +103,13 @@ class Team(LightningModule):
 
     Attributes:
         run: Plain values about the run, which each checkpoint holds: ``preprocessing`` and
-            ``classes`` as the data module describes them, and what the command line adds.
+            ``classes`` as the data module describes them, and those that the command line adds.
+        criterion: The loss, see `CooperativeLoss`.
+        metrics: The metrics of each evaluated split, see `TeamMetrics`.
 
     Raises:
-        ValueError: If there is no such backbone, it cannot be elastic, or a depth, a transfer or an
-            optimiser does not fit.
+        TeamNetError: If there is no such backbone, it cannot be elastic, or a depth, a transfer, a
+            name or an optimiser does not fit.
         FileNotFoundError: If there is no file with the weights to start from.
 
     Source: Fang, Bradford, Kim, "Cooperative Learning for Cost-Adaptive Inference"
@@ -102,32 +128,35 @@ class Team(LightningModule):
         num_classes: int,
         input_shape: Sequence[int],
         # Defaults that the CLI shows, and that never change.
-        leader: LeaderConfig | None = LeaderConfig(),  # noqa: B008
-        a: TeammateConfig = TeammateConfig(),  # noqa: B008
-        b: TeammateConfig | None = TeammateConfig(interleaved=True),  # noqa: B008
+        leader: Leader | None = LeaderConfig(),  # noqa: B008
+        a: Teammate = TeammateConfig(),  # noqa: B008
+        b: Teammate | None = TeammateConfig(interleaved=True),  # noqa: B008
+        extra_teammates: dict[str, Teammate] = {},  # noqa: B006
         cooperation: Cooperation = Cooperation(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         label_smoothing: float = 0.0,
-        on_non_finite: Literal["raise", "skip"] = "raise",
+        on_non_finite: NonFinitePolicy = "raise",
     ) -> None:
         super().__init__()
-        if on_non_finite not in ("raise", "skip"):
-            raise TeamNetError(f"on_non_finite must be raise or skip, found {on_non_finite!r}.")
-        if not 0 <= label_smoothing < 1:
-            raise TeamNetError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
         if num_classes < 2:
             raise TeamNetError(f"There must be at least 2 classes, found {num_classes}.")
+        self._guard = NonFiniteGuard(on_non_finite)
+        members = _named_teammates(a, b, extra_teammates)
+        _check_distinct(leader, members)
         # Plain values alone, so that a checkpoint loads without running pickled code; it brings
         # all weights along, so what they started from is not needed again.
         self.save_hyperparameters(
             {
                 "num_classes": num_classes,
                 "input_shape": list(input_shape),
-                "leader": leader and asdict(leader.without_weights()),
-                "a": asdict(a.without_weights()),
-                "b": b and asdict(b.without_weights()),
-                "cooperation": asdict(cooperation),
+                "leader": _described(leader),
+                "a": _described(a),
+                "b": _described(b),
+                "extra_teammates": {
+                    name: _described(teammate) for name, teammate in extra_teammates.items()
+                },
+                "cooperation": cooperation.describe(),
                 "optimizer": asdict(optimizer),
                 "schedule": asdict(schedule),
                 "label_smoothing": label_smoothing,
@@ -138,42 +167,62 @@ class Team(LightningModule):
         self._data: Mapping[str, Any] = {}  # as the trainer's data module describes it
         self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
-        self.cooperation = cooperation
         self.optimizer_config = optimizer
         self.schedule_config = schedule
-        self.label_smoothing = label_smoothing
-        self.on_non_finite = on_non_finite
-        self._step_is_lost = False  # since a term of its loss is not finite
-        self._lost_statistics: list[Tensor] = []  # of norms, as they were before
-
-        self.leader: nn.Module | None = None
-        self.leader_frozen = leader is not None and leader.frozen
-        if leader is not None:
-            self.leader = create_backbone(leader, num_classes, input_shape[0])
-            self.leader.requires_grad_(not leader.frozen)
-            self.leader.train(not leader.frozen)
-        self.teammates = nn.ModuleDict()
-        for name, config in {"a": a, "b": b}.items():
-            if config is not None:
-                self.teammates[name] = ElasticNet(
-                    create_backbone(config, num_classes, input_shape[0]),
-                    input_shape,
-                    **config.elastic_options(),
-                )
-        self.transfers = cooperation.transfers(
-            {name: [depth.name for depth in net.depths] for name, net in self.elastic_nets.items()},
-            has_leader=leader is not None,
-        )
         self._run_seed = torch.initial_seed()
         self._unlogged: object = None  # a row of the log that is due
+
+        self.leader, self.leader_frozen = self._make_leader(leader)
+        self.teammates = nn.ModuleDict(
+            {name: self._make_teammate(name, member) for name, member in members.items()}
+        )
+        self.criterion = CooperativeLoss(
+            {name: net.depths for name, net in self.elastic_nets.items()},
+            cooperation,
+            leader=leader is not None,
+            leader_frozen=self.leader_frozen,
+            label_smoothing=label_smoothing,
+        )
         self.metrics = nn.ModuleDict(
             {
-                stage: nn.ModuleDict(
-                    {who: member_metrics(num_classes) for who in self._evaluated()}
-                )
-                for stage in get_args(Stage)
+                split: TeamMetrics(self.elastic_nets, self.leader, num_classes)
+                for split in get_args(EvaluatedSplit)
             }
         )
+
+    def _make_leader(self, leader: Leader | None) -> tuple[nn.Module | None, bool]:
+        """The Leader's net, and whether it only teaches."""
+        if leader is None:
+            return None, False
+        if isinstance(leader, nn.Module):
+            self._check_logits(LEADER, leader)
+            frozen = not any(parameter.requires_grad for parameter in leader.parameters())
+            return leader.train(not frozen), frozen
+        net = create_backbone(leader, self.num_classes, self.input_shape[0])
+        net.requires_grad_(not leader.frozen)
+        return net.train(not leader.frozen), leader.frozen
+
+    def _make_teammate(self, name: str, member: Teammate) -> ElasticNet:
+        if not isinstance(member, nn.Module):
+            return ElasticNet(
+                create_backbone(member, self.num_classes, self.input_shape[0]),
+                self.input_shape,
+                **member.elastic_options(),
+            )
+        net = member if isinstance(member, ElasticNet) else ElasticNet(member, self.input_shape)
+        self._check_logits(name, net)
+        return net
+
+    def _check_logits(self, name: str, net: nn.Module) -> None:
+        """Refuses a module with another number of classes, before the first batch does."""
+        with evaluation(net):
+            logits = net(example_images(net, 2, self.input_shape))
+        if not isinstance(logits, Tensor) or logits.shape != (2, self.num_classes):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TeamNetError(
+                f"The module {name} ({type(net).__name__}) must return logits of shape "
+                f"(N, {self.num_classes}); for N=2 it returned {shape}."
+            )
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -191,13 +240,14 @@ class Team(LightningModule):
             checkpoint_path: The checkpoint.
             map_location: Device that the tensors go to; by default the one they were on.
             strict: Whether the weights' names must be those of the team.
-            trust_import: Whether the checkpoint may name backbones by import path, which runs code:
-                only for a file that you trust as you do code.
-            **kwargs: Arguments that replace those in the checkpoint.
+            trust_import: Whether the checkpoint may name backbones and kinds of transfer by import
+                path, which runs code: only for a file that you trust as you do code.
+            **kwargs: Arguments that replace those in the checkpoint, such as members that were
+                given as modules.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a checkpoint of a team, is damaged, or names what is not
+            TeamNetError: If it is not a checkpoint of a team, is damaged, or names code that is not
                 trusted; or if its weights do not fit its team.
         """
         checkpoint = load_checkpoint(checkpoint_path, map_location)
@@ -215,7 +265,7 @@ class Team(LightningModule):
         """Refuses a callback that cannot work with a team, and adds none.
 
         Raises:
-            ValueError: If there is such a callback.
+            TeamNetError: If there is such a callback.
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
@@ -233,17 +283,16 @@ class Team(LightningModule):
         describe = getattr(self.trainer.datamodule, "describe", None)  # type: ignore[attr-defined]
         if describe is None:
             return
-        description = describe()
-        self._data = description
-        self._check_data(self.run)
+        self._data = describe()
+        check_data(self.run, self._data)
         if stage == "fit":
-            self.run |= description
+            self.run |= self._data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the values about the run, also where only weights are saved.
 
         Raises:
-            ValueError: If a weight is not finite.
+            TeamNetError: If a weight is not finite.
         """
         check_finite(
             checkpoint["state_dict"], f"The team after step {checkpoint.get('global_step')}"
@@ -252,14 +301,14 @@ class Team(LightningModule):
         if self._trainer is None:
             return
         checkpoint[RUN_KEY]["unlogged"] = unlogged_row(self._trainer)
-        # A run that goes on from here does not log again what led here.
+        # A run that goes on from here does not log again the rows before it.
         for logger in self._trainer.loggers:
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over the values about the run that the team does not know yet, and its seed."""
         saved = checkpoint.get(RUN_KEY) or {}
-        self._check_data(saved)
+        check_data(saved, self._data)
         self.run = saved | self.run
         if isinstance(seed := saved.get("seed"), int):
             self._run_seed = abs(seed)
@@ -283,43 +332,15 @@ class Team(LightningModule):
         if checkpoint["global_step"]:
             drop_finders(self.trainer)
 
-    def _check_data(self, run: Mapping[str, Any]) -> None:
-        """Compares the data with that of a run, by its classes and its preprocessing."""
-        self._check_classes(run.get("classes"), self._data.get("classes"))
-        trained, now = run.get("preprocessing"), self._data.get("preprocessing")
-        if not isinstance(trained, Mapping) or now is None:
-            return
-        names = [name for name in ("mean", "std", "bits") if trained.get(name) != now[name]]
-        if names:
-            rank_zero_warn(
-                "The team was trained, and predicts, with "
-                + ", ".join(f"{name} {trained.get(name)}" for name in names)
-                + "; this data has "
-                + ", ".join(f"{name} {now[name]}" for name in names)
-                + ". Accuracies may differ: set statistics or bits as in training."
-            )
-
-    def _check_classes(self, trained: list[str] | None, now: list[str] | None) -> None:
-        """Refuses data with other classes than the team was trained on, by their names."""
-        if not trained or not now or trained == now:
-            return
-        unnamed = [str(label) for label in range(len(trained))]
-        if unnamed in (trained, now):
-            return
-        gone = [name for name in trained if name not in now]
-        new = [name for name in now if name not in trained]
-        difference = f"missing: {_listed(gone)}; new: {_listed(new)}"
-        if not gone and not new:
-            difference = f"the order is {_listed(now)}, not {_listed(trained)}"
-        raise TeamNetError(
-            f"The data has other classes than the team was trained on ({difference}). Name the "
-            "classes as they were in training."
-        )
-
     @property
     def elastic_nets(self) -> Mapping[str, ElasticNet]:
         """The Teammates by name."""
         return dict(self.teammates.items())  # type: ignore[arg-type]
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The transfers between the members."""
+        return self.criterion.transfers
 
     @property
     def lr(self) -> float:
@@ -332,12 +353,13 @@ class Team(LightningModule):
         self.hparams["optimizer"]["lr"] = value
 
     def members(self) -> list[str]:
-        """Names of all that is trained: the Leader and each depth of each Teammate."""
-        depths = [f"{name}/{d}" for name, net in self.elastic_nets.items() for d in net.depths]
-        return depths if self.leader is None else ["leader", *depths]
+        """Lists the names of all that is trained: the Leader and each depth of each Teammate."""
+        return member_names(self.elastic_nets, self.leader)
 
-    def _evaluated(self) -> list[str]:
-        return self.members() + (["ensemble"] if len(self.teammates) > 1 else [])
+    def backbones(self) -> list[nn.Module]:
+        """Lists the Leader, if it is trained, and the Teammates' backbones."""
+        leader = [] if self.leader is None or self.leader_frozen else [self.leader]
+        return leader + [net.backbone for net in self.elastic_nets.values()]
 
     def train(self, mode: bool = True) -> Team:
         """Sets training mode; a frozen Leader stays in evaluation mode."""
@@ -355,55 +377,7 @@ class Team(LightningModule):
         Returns:
             Logits by the member's name, each ``(N, num_classes)`` and of at least single precision.
         """
-        logits = {}
-        if self.leader is not None:
-            logits["leader"] = _single(self.leader(images))
-        for name, net in self.elastic_nets.items():
-            packed = _single(net.packed(images))
-            logits |= {f"{name}/{d}": own for d, own in zip(net.depths, packed, strict=True)}
-        return logits
-
-    def losses(self, logits: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Every term of the loss, unweighted.
-
-        Args:
-            logits: By the member's name, each ``(N, num_classes)``.
-            target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, num_classes)``.
-
-        Returns:
-            ``ce/<member>`` for each trained member and ``kd/<teacher>-><student>`` for each
-            transfer, scalars.
-        """
-        terms = {
-            f"ce/{member}": F.cross_entropy(own, target, label_smoothing=self.label_smoothing)
-            for member, own in logits.items()
-            if not (member == "leader" and self.leader_frozen)
-        }
-        for own in self.transfers:
-            terms[f"kd/{own}"] = distillation_loss(
-                logits[own.student], logits[own.teacher], own.temperature
-            )
-        return terms
-
-    def total_loss(self, terms: Mapping[str, Tensor], ramp: float) -> Tensor:
-        """Sums the terms of the loss up.
-
-        Args:
-            terms: As `losses` returns them.
-            ramp: Factor of all transfers, 0 to 1.
-
-        Returns:
-            The loss, a scalar.
-        """
-        label = [term for name, term in terms.items() if name.startswith("ce/")]
-        distilled = [transfer.weight * terms[f"kd/{transfer}"] for transfer in self.transfers]
-        total = torch.stack(label).sum()
-        return total + ramp * torch.stack(distilled).sum() if distilled else total
-
-    def _step_seed(self, batch_idx: int) -> int:
-        """What dropout is drawn with: the same in a run that was resumed, another per process."""
-        parts = [self._run_seed, self.current_epoch, batch_idx, self.global_rank]
-        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+        return member_logits(self.elastic_nets, self.leader, images)
 
     def on_train_start(self) -> None:
         """Starts the schedule, or goes on with it (Lightning's hook)."""
@@ -416,76 +390,55 @@ class Team(LightningModule):
                 config.scheduler.set_peak(self.lr)  # which a finder may have changed
                 config.scheduler.start(self._steps)
 
-    def _ramp(self) -> float:
-        steps = self.cooperation.ramp * self._steps
-        # Nothing to grow over without a ramp, or in a training without an end.
-        return min(1.0, (self.global_step + 1) / steps) if 0 < steps < math.inf else 1.0
+    def _progress(self) -> float:
+        """Share of the training that is done, this step included; 1 in one without an end."""
+        return (self.global_step + 1) / self._steps if 0 < self._steps < math.inf else 1.0
+
+    def _step_seed(self, batch_idx: int) -> int:
+        """Seed of dropout and the like: the same in a resumed run, another per process."""
+        parts = [self._run_seed, self.current_epoch, batch_idx, self.global_rank]
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One step of all members on one batch of images and labels.
+        """Runs one step of all members on one batch of images and labels.
 
         Raises:
-            ValueError: If a term of the loss is not finite, unless such steps are skipped.
+            TeamNetError: If a term of the loss is not finite, unless such steps are skipped.
         """
         images, target = batch
-        skips = self.on_non_finite == "skip"
-        statistics = [buffer.clone() for buffer in self.buffers()] if skips else []
+        self._guard.before_forward(self)
         with seeded(self._step_seed(batch_idx), images.device):
             logits = self(images)
-        terms = self.losses(logits, target)
-        ramp = self._ramp()
-        loss = self.total_loss(terms, ramp)
-        # In one collective, by which all processes also know of what is not finite in any.
-        values = torch.stack([loss, *terms.values()]).detach()
+        progress = self._progress()
+        terms = self.criterion.terms(logits, target)
+        loss = self.criterion.total(terms, progress)
+        named = terms.named()
+        # In one collective, by which all processes also know of values that are not finite in any.
+        values = torch.stack([*named.values(), loss]).detach()
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
-        if not values.isfinite().all():
-            # The loss itself last: it is what the terms make of it.
-            named = zip([*terms, "loss"], values.roll(-1).tolist(), strict=True)
-            name, value = next((n, v) for n, v in named if not math.isfinite(v))
-            self._refuse_step(f"the term {name} of the loss is {value}")
-            self._step_is_lost = True
-            self._lost_statistics = statistics
+        if not self._guard.check_terms(list(named), values, self.global_step):
             return loss * torch.nan  # so that no gradient is finite
-        self.log("train/loss", values[0], prog_bar=True)
-        self.log("train/ramp", ramp)
-        self.log_dict({f"train/{n}": value for n, value in zip(terms, values[1:], strict=True)})
+        self.log("train/loss", values[-1], prog_bar=True)
+        self.log("train/ramp", self.criterion.ramp(progress))
+        self.log_dict(
+            {f"train/{name}": value for name, value in zip(named, values[:-1], strict=True)}
+        )
         return loss
 
-    def _refuse_step(self, problem: str) -> None:
-        """Raises, or warns where such steps are skipped."""
-        if self.on_non_finite == "raise":
-            raise TeamNetError(
-                f"Step {self.global_step}: {problem}, so training stops before it. Lower the "
-                "learning rate, clip gradients (gradient_clip_val), or have such steps skipped "
-                "(on_non_finite: skip)."
-            )
-        rank_zero_warn(f"Step {self.global_step} is skipped: {problem}.")
-
     def on_after_backward(self) -> None:
-        """Takes back what a batch whose step is skipped did to the statistics of norms."""
-        if self._lost_statistics:
-            for buffer, value in zip(self.buffers(), self._lost_statistics, strict=True):
-                buffer.copy_(value)
-            self._lost_statistics = []
+        """Undoes the effect that a skipped batch had on the statistics of norms."""
+        self._guard.after_backward(self)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuses gradients that are not finite; the same on all processes, as they are.
+        """Refuses gradients that are not finite.
 
         Raises:
-            ValueError: If one is not finite, unless such steps are skipped.
+            TeamNetError: If one is not finite, unless such steps are skipped.
         """
-        lost, self._step_is_lost = self._step_is_lost, False
-        # A scaler of losses looks at the gradients itself, and skips their step.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-            if not get_total_norm(list(gradients.values()), math.inf).isfinite():
-                if not lost:
-                    name = next(n for n, g in gradients.items() if not g.isfinite().all())
-                    self._refuse_step(f"the gradient of {name} is not finite")
-                lost = True
-                optimizer.zero_grad()  # a step without gradients changes nothing
-        if self.on_non_finite == "skip":
-            self.run["skipped_steps"] = self.run.get("skipped_steps", 0) + lost
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        skipped = self._guard.before_step(self, optimizer, self.global_step, has_scaler)
+        if self._guard.skips:
+            self.run["skipped_steps"] = self.run.get("skipped_steps", 0) + skipped
             self.log("train/skipped_steps", float(self.run["skipped_steps"]))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -497,34 +450,26 @@ class Team(LightningModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Class probabilities of one batch by the member's name, each ``(N, num_classes)``."""
-        return self._probabilities(self._evaluated_logits(batch[0]))
+        """Returns class probabilities by the member's name, each ``(N, num_classes)``."""
+        return self._probabilities(batch[0])
 
-    def _evaluated_logits(self, images: Tensor) -> dict[str, Tensor]:
-        """Runs all members, unless there is no image in a batch."""
+    def _probabilities(self, images: Tensor) -> dict[str, Tensor]:
         if len(images):
-            return self(images)  # type: ignore[no-any-return]
-        # None of its images could be read, or only other processes have more of them.
-        return dict.fromkeys(self.members(), _single(images.new_zeros(0, self.num_classes)))
+            logits = self(images)
+        else:  # none of its images could be read, or only other processes have more of them
+            none = at_least_single(images.new_zeros(0, self.num_classes))
+            logits = dict.fromkeys(self.members(), none)
+        return member_probabilities(self.elastic_nets, logits)
 
-    def _probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adds to the members' predictions the mean of the Teammates' deepest ones."""
-        probabilities = {member: _softmax(values) for member, values in logits.items()}
-        if len(self.teammates) > 1:
-            deepest = [f"{name}/{net.depths[0]}" for name, net in self.elastic_nets.items()]
-            stacked = torch.stack([probabilities[member] for member in deepest])
-            probabilities["ensemble"] = stacked.mean(dim=0)
-        return probabilities
-
-    def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, split: EvaluatedSplit, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
-        for member, probabilities in self._probabilities(self._evaluated_logits(images)).items():
-            for name, metric in self._metrics(stage, member).items():
-                metric.update(probabilities, target)
-                self.log(f"{stage}/{name}/{member}", metric)
+        metrics = self._split_metrics(split)
+        metrics.update(self._probabilities(images), target)
+        for name, member, metric in metrics.metrics():
+            self.log(f"{split}/{name}/{member}", metric)
 
-    def _metrics(self, stage: Stage, member: str) -> Mapping[str, Metric]:
-        metrics: Mapping[str, Metric] = self.metrics[stage][member]  # type: ignore[index]
+    def _split_metrics(self, split: EvaluatedSplit) -> TeamMetrics:
+        metrics: TeamMetrics = self.metrics[split]  # type: ignore[assignment]
         return metrics
 
     def on_validation_epoch_end(self) -> None:
@@ -535,103 +480,46 @@ class Team(LightningModule):
         """Logs the mean accuracy of all depths of all Teammates."""
         self._log_mean_accuracy("test")
 
-    def _log_mean_accuracy(self, stage: Stage) -> None:
-        depths = [member for member in self.members() if member != "leader"]
-        found = [self._metrics(stage, member)["accuracy"].compute() for member in depths]
-        mean = torch.stack(found).mean()
-        self.log(f"{stage}/accuracy/mean", mean, prog_bar=True, sync_dist=True)
+    def _log_mean_accuracy(self, split: EvaluatedSplit) -> None:
+        mean = self._split_metrics(split).mean_accuracy()
+        self.log(f"{split}/accuracy/mean", mean, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimiser for all members, its learning rate scheduled by the step."""
+        """Makes one optimiser for all members, its learning rate scheduled by the step."""
         return configure(self, self.optimizer_config, self.schedule_config, self.backbones())
 
-    def backbones(self) -> list[nn.Module]:
-        """The Leader, if it is trained, and the Teammates' backbones."""
-        leader = [] if self.leader is None or self.leader_frozen else [self.leader]
-        return leader + [net.backbone for net in self.elastic_nets.values()]
+
+def _named_teammates(
+    a: Teammate, b: Teammate | None, extra: Mapping[str, Teammate]
+) -> dict[str, Teammate]:
+    """The Teammates by name, whose names also stand in files, metrics and options."""
+    taken = {"a", "b", LEADER, ENSEMBLE}
+    for name in extra:
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in taken:
+            raise TeamNetError(
+                f"The extra Teammate {name!r} needs another name: a letter, then letters, digits "
+                f"and underscores, and none of {', '.join(sorted(taken))}."
+            )
+    return {"a": a} | ({} if b is None else {"b": b}) | dict(extra)
 
 
-def team_content(
-    source: object, checkpoint: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Takes the hyper-parameters and the weights out of a checkpoint of a `Team`.
-
-    Args:
-        source: The file, for messages.
-        checkpoint: Its content.
-
-    Raises:
-        ValueError: If it is not a checkpoint of a team.
-    """
-    values, weights = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
-    required = {"num_classes", "input_shape", "a", "b"}
-    if not isinstance(values, Mapping) or not required <= values.keys():
-        raise TeamNetError(
-            f"{source} is not a checkpoint of a team: it holds "
-            f"{', '.join(map(str, checkpoint))}. Give one that teamnet fit saved."
-        )
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
-    ):
-        raise TeamNetError(f"{source} does not hold weights (state_dict): use another copy of it.")
-    check_task(source, values["num_classes"], values["input_shape"])
-    return dict(values), dict(weights)
+def _check_distinct(leader: Leader | None, teammates: Mapping[str, Teammate]) -> None:
+    """Refuses weights that two members would share."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, member in {LEADER: leader, **teammates}.items():
+        parameters = list(member.parameters()) if isinstance(member, nn.Module) else []
+        if owner := next((owners[each] for each in parameters if each in owners), None):
+            raise TeamNetError(
+                f"The modules {owner} and {name} share weights: pass a module of its own for each."
+            )
+        owners |= dict.fromkeys(parameters, name)
 
 
-def check_task(source: object, num_classes: object, input_shape: object) -> None:
-    """Checks the number of classes and the shape of images that come from a file.
-
-    Args:
-        source: The file, for messages.
-        num_classes: Should be 2 or more.
-        input_shape: Should be ``(channels, height, width)``.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    if type(num_classes) is not int or num_classes < 2:
-        raise TeamNetError(f"{source}: num_classes must be 2 or more, found {num_classes!r}.")
-    if (
-        not isinstance(input_shape, list | tuple)
-        or len(input_shape) != 3
-        or any(type(size) is not int or size < 1 for size in input_shape)
-    ):
-        raise TeamNetError(
-            f"{source}: input_shape must be (channels, height, width), found {input_shape!r}."
-        )
-
-
-def load_weights(
-    module: nn.Module, weights: Mapping[str, Tensor], source: object, strict: bool = True
-) -> None:
-    """Loads weights into a module.
-
-    Args:
-        module: The module.
-        weights: By name.
-        source: The file that they come from, for messages.
-        strict: Whether the names must be those of the module.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    try:
-        module.load_state_dict(weights, strict=strict)
-    except RuntimeError as error:
-        raise TeamNetError(f"The weights in {source} are not those of its team: {error}") from error
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "none") + more
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Class probabilities; all NaN for an image of which a logit is not finite."""
-    finite = logits.isfinite().all(dim=-1, keepdim=True)
-    return logits.softmax(dim=-1).masked_fill(~finite, torch.nan)
-
-
-def _single(logits: Tensor) -> Tensor:
-    """Losses and metrics need more than half precision."""
-    return logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits
+def _described(member: Leader | Teammate | None) -> dict[str, Any] | None:
+    """A member as plain values."""
+    if member is None:
+        return None
+    if isinstance(member, nn.Module):
+        net = member.backbone if isinstance(member, ElasticNet) else member
+        return {"module": f"{type(net).__module__}.{type(net).__qualname__}"}
+    return asdict(member.without_weights())

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
-from torch import Tensor
-
+from teamnet_pl.cooperation.kinds import KLDivergence, TransferKind
 from teamnet_pl.errors import TeamNetError
 
 
 @dataclass(frozen=True)
 class Edge:
-    """How strongly one kind of teacher teaches.
+    """How a group of transfers teaches.
 
     Attributes:
-        weight: Factor of the distillation loss; 0 leaves the transfer out.
-        temperature: By which logits are divided, of the teacher and of the student.
+        weight: Factor of the transfer's loss; 0 leaves the transfer out.
+        kind: The transfer's loss, by its class path and options.
     """
 
     weight: float = 0.5
-    temperature: float = 2.0
+    kind: TransferKind = field(default_factory=KLDivergence)
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise TeamNetError(f"A transfer's weight must not be negative, found {self.weight}.")
-        if self.temperature <= 0:
-            raise TeamNetError(f"A transfer's temperature must be > 0, found {self.temperature}.")
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,17 @@ class Cooperation:
 
     Attributes:
         leader: From the Leader to each Teammate's deepest depth.
-        peer: From each Teammate's deepest depth to the other's.
-        depths: From each Teammate's deepest depth to each of its other depths.
-        further: Any others, by name.
-        ramp: Share of the training over which all transfers grow from nothing to their weight:
-            teachers know nothing at first.
+        peer: From each Teammate's deepest depth to that of each other Teammate.
+        sub_networks: From each Teammate's deepest depth to each of its own shallower depths.
+        extra: Any others, by name.
+        ramp: Share of the training over which all transfers grow from nothing to their weight,
+            since teachers know nothing at first.
     """
 
     leader: Edge = field(default_factory=Edge)
     peer: Edge = field(default_factory=Edge)
-    depths: Edge = field(default_factory=Edge)
-    further: list[Transfer] = field(default_factory=list)
+    sub_networks: Edge = field(default_factory=Edge)
+    extra: list[Transfer] = field(default_factory=list)
     ramp: float = 1 / 3
 
     def __post_init__(self) -> None:
@@ -70,20 +68,20 @@ class Cooperation:
             raise TeamNetError(f"The ramp is a share of the training, 0 to 1; found {self.ramp}.")
 
     def transfers(
-        self, teammates: dict[str, Sequence[str]], has_leader: bool
+        self, teammates: Mapping[str, Sequence[object]], has_leader: bool
     ) -> tuple[Transfer, ...]:
         """Lists the transfers of one team.
 
         Args:
-            teammates: Names of each Teammate's depths, the deepest first.
+            teammates: Each Teammate's depths or their names, the deepest first.
             has_leader: Whether there is a Leader.
 
         Returns:
             The transfers with a weight, each between two members.
 
         Raises:
-            ValueError: If a further transfer names a member that there is not, teaches the Leader
-                or has a member teach itself.
+            TeamNetError: If an extra transfer names an unknown member, teaches the Leader, has a
+                member teach itself or repeats another transfer.
 
         Example:
             >>> for transfer in Cooperation().transfers({"a": ["d2", "d0"], "b": ["d2"]}, True):
@@ -95,56 +93,51 @@ class Cooperation:
             a/d2->a/d0
         """
         deepest = {name: f"{name}/{depths[0]}" for name, depths in teammates.items()}
-        members = {f"{name}/{depth}" for name, depths in teammates.items() for depth in depths}
-        teachers = members | ({"leader"} if has_leader else set())
-
-        found = []
+        transfers: list[Transfer] = []
         if has_leader:
-            found += [_transfer(self.leader, "leader", student) for student in deepest.values()]
+            transfers += _between(self.leader, ["leader"], deepest.values())
         for student in deepest.values():
-            others = (teacher for teacher in deepest.values() if teacher != student)
-            found += [_transfer(self.peer, teacher, student) for teacher in others]
+            transfers += _between(self.peer, deepest.values(), [student])
         for name, depths in teammates.items():
-            found += [_transfer(self.depths, deepest[name], f"{name}/{d}") for d in depths[1:]]
-        for own in self.further:
-            teacher = deepest.get(own.teacher, own.teacher)
-            student = deepest.get(own.student, own.student)
-            if teacher not in teachers or student not in members or teacher == student:
+            transfers += _between(
+                self.sub_networks, [deepest[name]], [f"{name}/{depth}" for depth in depths[1:]]
+            )
+        students = {f"{name}/{depth}" for name, depths in teammates.items() for depth in depths}
+        teachers = students | ({"leader"} if has_leader else set())
+        for extra in self.extra:
+            teacher = deepest.get(extra.teacher, extra.teacher)
+            student = deepest.get(extra.student, extra.student)
+            if teacher not in teachers or student not in students or teacher == student:
                 raise TeamNetError(
-                    f"There is no transfer {own}: a teacher is one of {', '.join(sorted(teachers))}"
-                    f" and a student another of {', '.join(sorted(members))}."
+                    f"There is no transfer {extra}: the teacher must be one of "
+                    f"{', '.join(sorted(teachers))}, and the student another one of "
+                    f"{', '.join(sorted(students))}."
                 )
-            found.append(_transfer(own, teacher, student))
-        return tuple(transfer for transfer in found if transfer.weight > 0)
+            transfers += _between(extra, [teacher], [student])
+        transfers = [transfer for transfer in transfers if transfer.weight > 0]
+        name, times = Counter(map(str, transfers)).most_common(1)[0] if transfers else ("", 0)
+        if times > 1:
+            raise TeamNetError(
+                f"There are {times} transfers {name}: set the weight of all but one to 0, or "
+                "combine their losses in a kind of your own."
+            )
+        return tuple(transfers)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields as plain values, each kind by its class path."""
+        values = asdict(self)
+        for name in ("leader", "peer", "sub_networks"):
+            values[name]["kind"] = getattr(self, name).kind.describe()
+        for plain, transfer in zip(values["extra"], self.extra, strict=True):
+            plain["kind"] = transfer.kind.describe()
+        return values
 
 
-def _transfer(edge: Edge, teacher: str, student: str) -> Transfer:
-    return Transfer(edge.weight, edge.temperature, teacher, student)
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened predictions, times the temperature squared.
-
-    Args:
-        student: Logits, shape ``(N, classes)``.
-        teacher: Logits, shape ``(N, classes)``; no gradient flows into them.
-        temperature: By which both are divided.
-
-    Returns:
-        The mean over the batch, a scalar.
-
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
-
-    Example:
-        >>> import torch
-        >>> logits = torch.randn(4, 10)
-        >>> distillation_loss(logits, logits, temperature=2.0).item()
-        0.0
-    """
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=-1),
-        F.log_softmax(teacher.detach() / temperature, dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return divergence * temperature**2
+def _between(edge: Edge, teachers: Iterable[str], students: Iterable[str]) -> list[Transfer]:
+    """One transfer from each teacher to each student other than itself."""
+    return [
+        Transfer(edge.weight, edge.kind, teacher, student)
+        for teacher in teachers
+        for student in students
+        if teacher != student
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from teamnet_pl import data as data_modules
 from teamnet_pl.checkpoints import load_checkpoint, weights_digest
-from teamnet_pl.cooperation.configs import restore_arguments, restore_config
-from teamnet_pl.cooperation.team import RUN_KEY, Team, team_content
+from teamnet_pl.cooperation.report import REPORT_FILE, Report
+from teamnet_pl.cooperation.restoring import (
+    RUN_KEY,
+    restore_arguments,
+    restore_config,
+    team_content,
+)
+from teamnet_pl.cooperation.team import Team
 from teamnet_pl.data import HuggingFace, ImageDataModule
 from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
@@ -197,25 +203,13 @@ class SavedTeam:
         Raises:
             ValueError: If ``per_depth.json`` is not a report of a team.
         """
-        report = self.path.parent / "per_depth.json"
-        if not report.is_file():
+        path = self.path.parent / REPORT_FILE
+        if not path.is_file():
             return {}, None
         weights = weights_digest(self.weights)
-        try:
-            rows = [
-                row
-                for row in json.loads(report.read_text())
-                if row["net"] == teammate and row.get("weights") == weights
-            ]
-            accuracies = {
-                str(row["depth"]): float(row["accuracy"])
-                for row in rows
-                if row["accuracy"] is not None
-            }
-            split = str(rows[0]["split"]) if accuracies else None
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise TeamNetError(
-                f"{report} is not a report of a team ({error!r}): delete it, or have `teamnet "
-                "test` write it anew."
-            ) from error
-        return accuracies, split
+        rows = [
+            row
+            for row in Report.load(path).of_net(teammate)
+            if row.weights == weights and not math.isnan(row.accuracy)
+        ]
+        return {str(row.depth): row.accuracy for row in rows}, rows[0].split if rows else None

@@ -18,8 +18,7 @@ from teamnet_pl.checkpoints import (
     weights_digest,
 )
 from teamnet_pl.cooperation import TeammateConfig
-from teamnet_pl.cooperation.configs import restore_member
-from teamnet_pl.cooperation.team import check_task, load_weights
+from teamnet_pl.cooperation.restoring import check_task, load_weights, restore_member
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs

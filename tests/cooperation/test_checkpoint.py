@@ -6,7 +6,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from teamnet_pl import Team
-from teamnet_pl.cooperation import Cooperation, Edge, OptimizerConfig, ScheduleConfig, Transfer
+from teamnet_pl.cooperation import (
+    Cooperation,
+    Edge,
+    KLDivergence,
+    OptimizerConfig,
+    ScheduleConfig,
+    Transfer,
+)
 from tests.helpers.teams import assert_same_state, make_digits, make_team, make_trainer
 
 # As far from the defaults as can be.
@@ -15,7 +22,9 @@ TEAM = {
     "a": {"depths": [7, 5, 1], "policy": "round_robin", "per_depth_affine": True},
     "b": {"depths": [[3, 2, 2], [1, 1, 1]], "blocks": ["layer*.[012]"]},
     "cooperation": Cooperation(
-        leader=Edge(0.1, 1.5), further=[Transfer(0.2, 3.0, "b/d3", "a/d1")], ramp=0.5
+        leader=Edge(0.1, KLDivergence(1.5)),
+        extra=[Transfer(0.2, KLDivergence(3.0), "b/d3", "a/d1")],
+        ramp=0.5,
     ),
     "optimizer": OptimizerConfig("adamw", 1e-3, options={"betas": (0.8, 0.9)}),
     "schedule": ScheduleConfig(0.2, 0.1),
@@ -47,11 +56,11 @@ def test_a_checkpoint_restores_the_team_with_no_arguments(saved):
     for name, net in team.elastic_nets.items():
         assert found.elastic_nets[name].depths == net.depths
         assert found.elastic_nets[name].blocks == net.blocks
-    assert [vars(own) for own in found.transfers] == [vars(own) for own in team.transfers]
-    assert found.cooperation == team.cooperation
+    assert found.transfers == team.transfers
+    assert found.criterion.cooperation == team.criterion.cooperation
     assert found.optimizer_config == team.optimizer_config
     assert found.schedule_config == team.schedule_config
-    assert found.label_smoothing == team.label_smoothing
+    assert found.criterion.label_smoothing == team.criterion.label_smoothing
     assert found.leader_frozen == team.leader_frozen
     assert dict(found.hparams) == dict(team.hparams)
 

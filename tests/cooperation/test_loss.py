@@ -8,14 +8,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from teamnet_pl.cooperation import Cooperation, Edge, Transfer
+from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer
 from tests.helpers.teams import logits_by_hand, make_digits, make_team, make_trainer
 
 STEPS = 4
 EDGES = {
     "leader": [("leader", "a/d7"), ("leader", "b/d7")],
     "peer": [("a/d7", "b/d7"), ("b/d7", "a/d7")],
-    "depths": [("a/d7", "a/d4"), ("a/d7", "a/d0"), ("b/d7", "b/d5"), ("b/d7", "b/d2")],
+    "sub_networks": [("a/d7", "a/d4"), ("a/d7", "a/d0"), ("b/d7", "b/d5"), ("b/d7", "b/d2")],
 }
 
 
@@ -27,31 +27,38 @@ class Case:
     data: dict = field(default_factory=dict)
     ramp: tuple = (0.75, 1, 1, 1)  # a third of four steps
     edges: dict = field(default_factory=lambda: dict.fromkeys(EDGES, (0.5, 2.0)))
-    further: list = field(default_factory=list)
+    extra: list = field(default_factory=list)
 
     def transfers(self, members):
         """(teacher, student): (weight, temperature)"""
         found = {pair: self.edges[kind] for kind in self.edges for pair in EDGES[kind]}
-        found |= {(teacher, student): edge for teacher, student, *edge in self.further}
+        found |= {(teacher, student): edge for teacher, student, *edge in self.extra}
         return {pair: edge for pair, edge in found.items() if members.issuperset(pair)}
 
 
-DISTINCT = {"leader": Edge(0.3, 1.0), "peer": Edge(0.7, 3.0), "depths": Edge(0.9, 4.0)}
+DISTINCT = {
+    "leader": Edge(0.3, KLDivergence(1.0)),
+    "peer": Edge(0.7, KLDivergence(3.0)),
+    "sub_networks": Edge(0.9, KLDivergence(4.0)),
+}
 CASES = {
     "default": Case(),
     "distinct weights": Case(
         {"cooperation": Cooperation(**DISTINCT, ramp=0.0)},
         ramp=(1, 1, 1, 1),
-        edges={"leader": (0.3, 1.0), "peer": (0.7, 3.0), "depths": (0.9, 4.0)},
+        edges={"leader": (0.3, 1.0), "peer": (0.7, 3.0), "sub_networks": (0.9, 4.0)},
     ),
     "long ramp": Case({"cooperation": Cooperation(ramp=1.0)}, ramp=(0.25, 0.5, 0.75, 1)),
-    "further transfers": Case(
+    "extra transfers": Case(
         {
             "cooperation": Cooperation(
-                further=[Transfer(0.2, 2.5, "b/d2", "a/d0"), Transfer(0.4, 1.5, "leader", "b/d2")]
+                extra=[
+                    Transfer(0.2, KLDivergence(2.5), "b/d2", "a/d0"),
+                    Transfer(0.4, KLDivergence(1.5), "leader", "b/d2"),
+                ]
             )
         },
-        further=[("b/d2", "a/d0", 0.2, 2.5), ("leader", "b/d2", 0.4, 1.5)],
+        extra=[("b/d2", "a/d0", 0.2, 2.5), ("leader", "b/d2", 0.4, 1.5)],
     ),
     "label smoothing": Case({"label_smoothing": 0.1}),
     "mixed labels": Case({"label_smoothing": 0.1}, {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}),
@@ -60,10 +67,10 @@ CASES = {
     "no b": Case({"b": None}),
     "no peer": Case(
         {"cooperation": Cooperation(peer=Edge(0.0))},
-        edges={"leader": (0.5, 2.0), "depths": (0.5, 2.0)},
+        edges={"leader": (0.5, 2.0), "sub_networks": (0.5, 2.0)},
     ),
     "labels only": Case(
-        {"leader": None, "b": None, "cooperation": Cooperation(depths=Edge(0.0))}, edges={}
+        {"leader": None, "b": None, "cooperation": Cooperation(sub_networks=Edge(0.0))}, edges={}
     ),
 }
 
@@ -100,7 +107,7 @@ class ByHand(pl.Callback):
         logits = self.logits_by_hand(team, images)
         ramp = self.case.ramp[len(self.steps)]
         terms = {
-            f"train/ce/{member}": cross_entropy(own, target, team.label_smoothing)
+            f"train/ce/{member}": cross_entropy(own, target, team.criterion.label_smoothing)
             for member, own in logits.items()
         }
         if team.leader_frozen:
@@ -169,14 +176,14 @@ def test_each_term_is_logged_under_its_name(run):
 def test_teachers_get_no_gradient():
     team = make_team()
     images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    logits = {name: own.detach().requires_grad_() for name, own in team(images).items()}
-    terms = team.losses(logits, torch.arange(8))
+    logits = {name: values.detach().requires_grad_() for name, values in team(images).items()}
+    terms = team.criterion.terms(logits, torch.arange(8))
     pairs = [pair for pairs in EDGES.values() for pair in pairs]
-    assert {name for name in terms if name.startswith("kd/")} == {f"kd/{t}->{s}" for t, s in pairs}
+    assert terms.transfers.keys() == {f"{teacher}->{student}" for teacher, student in pairs}
     for teacher, student in pairs:
         inputs = [logits[teacher], logits[student]]
         gradients = torch.autograd.grad(
-            terms[f"kd/{teacher}->{student}"], inputs, allow_unused=True
+            terms.transfers[f"{teacher}->{student}"], inputs, allow_unused=True
         )
         assert gradients[0] is None
         assert gradients[1].abs().max() > 0
@@ -184,7 +191,7 @@ def test_teachers_get_no_gradient():
 
 def test_a_leader_learns_nothing_from_teaching():
     team = make_team()
-    terms = team.losses(team(torch.randn(8, 1, 8, 8)), torch.arange(8))
+    terms = team.criterion.terms(team(torch.randn(8, 1, 8, 8)), torch.arange(8))
     leader = list(team.leader.parameters())
-    found = torch.autograd.grad(terms["kd/leader->a/d7"], leader, allow_unused=True)
-    assert all(gradient is None for gradient in found)
+    gradients = torch.autograd.grad(terms.transfers["leader->a/d7"], leader, allow_unused=True)
+    assert all(gradient is None for gradient in gradients)

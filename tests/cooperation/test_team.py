@@ -181,8 +181,8 @@ OFF = Edge(weight=0.0)
         ({"b": None}, {"leader->a/d7", "a/d7->a/d4", "a/d7->a/d0"}),
         ({"cooperation": Cooperation(leader=OFF)}, PEER | DEPTHS),
         ({"cooperation": Cooperation(peer=OFF)}, LEADER | DEPTHS),
-        ({"cooperation": Cooperation(depths=OFF)}, LEADER | PEER),
-        ({"leader": None, "b": None, "cooperation": Cooperation(depths=OFF)}, set()),
+        ({"cooperation": Cooperation(sub_networks=OFF)}, LEADER | PEER),
+        ({"leader": None, "b": None, "cooperation": Cooperation(sub_networks=OFF)}, set()),
     ],
     ids=["all", "no leader", "no b", "leader off", "peer off", "depths off", "joint"],
 )

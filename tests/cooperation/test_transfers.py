@@ -3,18 +3,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teamnet_pl.cooperation import Cooperation, Edge, Transfer, distillation_loss
+from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer, distillation_loss
 
 MATES = {"a": ["d2", "d1", "d0"], "b": ["d2", "d0"]}
 
 
 def listed(cooperation, mates=MATES, has_leader=True):
     found = cooperation.transfers(mates, has_leader)
-    return {(own.teacher, own.student): (own.weight, own.temperature) for own in found}
+    return {(own.teacher, own.student): (own.weight, own.kind.temperature) for own in found}
 
 
 def test_each_kind_has_its_weight_and_temperature():
-    cooperation = Cooperation(Edge(0.1, 1.0), Edge(0.2, 2.0), Edge(0.3, 3.0))
+    cooperation = Cooperation(
+        Edge(0.1, KLDivergence(1.0)), Edge(0.2, KLDivergence(2.0)), Edge(0.3, KLDivergence(3.0))
+    )
     assert listed(cooperation) == {
         ("leader", "a/d2"): (0.1, 1.0),
         ("leader", "b/d2"): (0.1, 1.0),
@@ -26,15 +28,15 @@ def test_each_kind_has_its_weight_and_temperature():
     }
 
 
-def test_further_transfers_are_by_name_and_a_teammate_is_its_deepest_depth():
-    further = [
-        Transfer(0.1, 1.0, "a/d1", "a/d0"),
-        Transfer(0.2, 2.0, "a", "b/d0"),
-        Transfer(0.3, 3.0, "leader", "b"),
-        Transfer(0.0, 4.0, "b", "a"),
+def test_extra_transfers_are_by_name_and_a_teammate_is_its_deepest_depth():
+    extra = [
+        Transfer(0.1, KLDivergence(1.0), "a/d1", "a/d0"),
+        Transfer(0.2, KLDivergence(2.0), "a", "b/d0"),
+        Transfer(0.3, KLDivergence(3.0), "leader", "b"),
+        Transfer(0.0, KLDivergence(4.0), "b", "a"),
     ]
     none = Edge(0.0)
-    assert listed(Cooperation(none, none, none, further)) == {
+    assert listed(Cooperation(none, none, none, extra)) == {
         ("a/d1", "a/d0"): (0.1, 1.0),
         ("a/d2", "b/d0"): (0.2, 2.0),
         ("leader", "b/d2"): (0.3, 3.0),
@@ -53,13 +55,13 @@ def test_further_transfers_are_by_name_and_a_teammate_is_its_deepest_depth():
     ],
 )
 def test_transfers_between_other_than_two_members_are_refused(teacher, student):
-    cooperation = Cooperation(further=[Transfer(0.5, 2.0, teacher, student)])
+    cooperation = Cooperation(extra=[Transfer(0.5, KLDivergence(2.0), teacher, student)])
     with pytest.raises(ValueError, match=f"no transfer {teacher}->{student}: .*a/d1.*b/d0"):
         cooperation.transfers(MATES, has_leader=True)
 
 
 def test_a_leader_that_is_not_there_cannot_teach():
-    cooperation = Cooperation(further=[Transfer(0.5, 2.0, "leader", "a/d0")])
+    cooperation = Cooperation(extra=[Transfer(0.5, KLDivergence(2.0), "leader", "a/d0")])
     with pytest.raises(ValueError, match="leader->a/d0"):
         cooperation.transfers(MATES, has_leader=False)
 
@@ -68,8 +70,8 @@ def test_a_leader_that_is_not_there_cannot_teach():
     ("make", "message"),
     [
         (lambda: Edge(weight=-0.1), "negative"),
-        (lambda: Edge(temperature=0.0), "> 0"),
-        (lambda: Transfer(temperature=-1.0), "> 0"),
+        (lambda: KLDivergence(temperature=0.0), "> 0"),
+        (lambda: KLDivergence(temperature=-1.0), "> 0"),
         (lambda: Cooperation(ramp=-0.1), "ramp"),
         (lambda: Cooperation(ramp=1.1), "ramp"),
     ],

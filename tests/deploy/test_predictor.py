@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teamnet_pl.cooperation.team import RUN_KEY
+from teamnet_pl.cooperation.restoring import RUN_KEY
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.deploy import predictor as module
 from teamnet_pl.deploy.controller import DepthController

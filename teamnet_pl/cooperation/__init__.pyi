@@ -1,0 +1,17 @@
+from .configs import LeaderConfig as LeaderConfig
+from .configs import TeammateConfig as TeammateConfig
+from .kinds import KLDivergence as KLDivergence
+from .kinds import TransferKind as TransferKind
+from .kinds import distillation_loss as distillation_loss
+from .losses import CooperativeLoss as CooperativeLoss
+from .losses import LossTerms as LossTerms
+from .members import member_logits as member_logits
+from .members import member_names as member_names
+from .members import member_probabilities as member_probabilities
+from .metrics import TeamMetrics as TeamMetrics
+from .optimization import OptimizerConfig as OptimizerConfig
+from .optimization import ScheduleConfig as ScheduleConfig
+from .team import Team as Team
+from .transfers import Cooperation as Cooperation
+from .transfers import Edge as Edge
+from .transfers import Transfer as Transfer
