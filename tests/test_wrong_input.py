@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from teamnet_pl.cli import _raised_in, main
+from teamnet_pl import TeamNetError
+from teamnet_pl.cli import main
+from teamnet_pl.cli.training import error_of_the_package
 
 BEST = "logs/version_0/checkpoints/best.ckpt"
 
@@ -175,6 +177,12 @@ def test_results_that_cannot_be_saved_are_printed(cli, capsys, checkpoint, tmp_p
     assert "Traceback" not in printed.err
 
 
-def test_an_error_that_was_never_raised_is_of_no_package():
-    """As the cause of another one may be, such as torchvision's of a failed download."""
-    assert not _raised_in(ValueError(), "teamnet_pl")
+def test_the_error_of_the_package_is_the_one_that_caused_the_others():
+    """Others may have a cause that was never raised, such as torchvision's of a failed download."""
+    cause, error = (
+        TeamNetError("depths must be nested"),
+        ValueError("Parser key 'model': and so on"),
+    )
+    error.__cause__ = cause
+    assert error_of_the_package(error) is cause
+    assert error_of_the_package(ValueError()) is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import nn
 
 from teamnet_pl.backbones import BackboneConfig
 from teamnet_pl.elastic import DepthPolicy, DepthSpec
@@ -47,3 +49,10 @@ class TeammateConfig(BackboneConfig):
         inherited = fields(BackboneConfig)
         names = [field.name for field in fields(TeammateConfig)[len(inherited) :]]
         return {name: getattr(self, name) for name in names}
+
+
+if TYPE_CHECKING:
+    Leader: TypeAlias = LeaderConfig | nn.Module
+    Teammate: TypeAlias = TeammateConfig | nn.Module
+else:  # The command line and files make members of configs alone.
+    Leader, Teammate = LeaderConfig, TeammateConfig

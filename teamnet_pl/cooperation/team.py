@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +24,8 @@ from teamnet_pl.checkpoints import (
     no_larger_than,
     number_of_weights,
 )
-from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig
+from teamnet_pl.cooperation.callback_check import check_callbacks
+from teamnet_pl.cooperation.configs import Leader, LeaderConfig, Teammate, TeammateConfig
 from teamnet_pl.cooperation.data_check import check_data
 from teamnet_pl.cooperation.losses import CooperativeLoss
 from teamnet_pl.cooperation.members import (
@@ -66,12 +67,6 @@ from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, naming
 
 EvaluatedSplit = Literal["val", "test"]
-
-if TYPE_CHECKING:
-    Leader: TypeAlias = LeaderConfig | nn.Module
-    Teammate: TypeAlias = TeammateConfig | nn.Module
-else:  # The command line makes members of configs alone.
-    Leader, Teammate = LeaderConfig, TeammateConfig
 
 
 class Team(LightningModule):
@@ -267,13 +262,8 @@ class Team(LightningModule):
         Raises:
             TeamNetError: If there is such a callback.
         """
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
-            raise TeamNetError(
-                "BackboneFinetuning unfreezes the one `backbone` of a module, and a team has "
-                "several: freeze the Leader by model.leader.frozen, or write a BaseFinetuning of "
-                "your own for the modules in `team.backbones()`."
-            )
+        if type(self) is Team:  # a subclass may log more
+            check_callbacks(self.trainer.callbacks, self.logged_metrics())  # type: ignore[attr-defined]
         return []
 
     def setup(self, stage: str) -> None:
@@ -360,6 +350,22 @@ class Team(LightningModule):
         """Lists the Leader, if it is trained, and the Teammates' backbones."""
         leader = [] if self.leader is None or self.leader_frozen else [self.leader]
         return leader + [net.backbone for net in self.elastic_nets.values()]
+
+    def logged_metrics(self) -> list[str]:
+        """Lists the names of all metrics that training and evaluation log."""
+        trained = [
+            member for member in self.members() if member != LEADER or not self.leader_frozen
+        ]
+        terms = [f"ce/{member}" for member in trained] + [f"kd/{edge}" for edge in self.transfers]
+        evaluated = [f"{name}/{member}" for name, member, _ in self._split_metrics("val").metrics()]
+        return [
+            *(f"train/{name}" for name in ("loss", "ramp", "skipped_steps", *terms)),
+            *(
+                f"{split}/{name}"
+                for split in self.metrics
+                for name in [*evaluated, "accuracy/mean"]
+            ),
+        ]
 
     def train(self, mode: bool = True) -> Team:
         """Sets training mode; a frozen Leader stays in evaluation mode."""

@@ -1,6 +1,7 @@
 import inspect
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -353,3 +354,17 @@ def test_default_configs_cannot_be_changed_in_place():
         for field in fields(config):
             with pytest.raises(FrozenInstanceError):
                 setattr(config, field.name, getattr(config, field.name))
+
+
+def test_the_names_of_all_metrics_are_those_that_a_run_logs(tmp_path):
+    team, names = make_team(on_non_finite="skip"), set()
+
+    class Names(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            names.update(trainer.callback_metrics)
+
+    trainer = make_trainer(tmp_path, callbacks=[Names()], limit_val_batches=1)
+    trainer.fit(team, make_digits())
+    names |= set(trainer.callback_metrics)
+    trainer.test(team, make_digits(), verbose=False)
+    assert names | set(trainer.callback_metrics) == set(team.logged_metrics())

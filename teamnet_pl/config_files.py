@@ -1,0 +1,48 @@
+"""The configs that come with the package, by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from teamnet_pl.errors import TeamNetError
+
+_FOLDER = Path(__file__).parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Lists the names of the configs, such as ``digits`` and ``data/cifar10``."""
+    names = [path.relative_to(_FOLDER).with_suffix("") for path in _FOLDER.rglob("*.yaml")]
+    return sorted((name.as_posix() for name in names), key=lambda name: (name.count("/"), name))
+
+
+def config_path(name: str) -> Path:
+    """Returns the file of a config.
+
+    Args:
+        name: A file, or the name of a config that comes with the package.
+
+    Raises:
+        TeamNetError: If it is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    names = config_names()
+    if name.removesuffix(".yaml") in names:
+        return _FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+    close = difflib.get_close_matches(name, names, n=3) or [n for n in names if name in n]
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise TeamNetError(
+        f"There is no config file {name}, and no config of that name comes with the package.{meant}"
+        " `teamnet configs` lists the names."
+    )
+
+
+def config_summary(name: str) -> str:
+    """Returns the first line of the comment at the top of a config.
+
+    Args:
+        name: Name of a config that comes with the package.
+    """
+    first, _, _ = config_path(name).read_text().partition("\n")
+    return first.removeprefix("# ")
