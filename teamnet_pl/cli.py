@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -334,8 +333,8 @@ def _flat(value: object, name: str = "") -> dict[str, Any]:
 
 def run_command(name: str, words: list[str]) -> None:
     """Runs one of our own subcommands."""
-    command = COMMANDS[name]
-    parser = TeamArgumentParser(prog=f"teamnet {name}", description=_summary(command))
+    command = COMMANDS[name].load()
+    parser = TeamArgumentParser(prog=f"teamnet {name}", description=COMMANDS[name].summary)
     parser.add_argument("--config", action="config", help="Path to a YAML file of options.")
     parser.add_function_arguments(command, as_group=False)
     for action in parser._actions:
@@ -348,10 +347,6 @@ def run_command(name: str, words: list[str]) -> None:
         parser.error(str(error))
 
 
-def _summary(command: Callable[..., None]) -> str:
-    return (inspect.getdoc(command) or "").partition("\n")[0]
-
-
 def main(args: ArgsType = None) -> None:
     """Runs the command line."""
     words = sys.argv[1:] if args is None else args
@@ -360,7 +355,7 @@ def main(args: ArgsType = None) -> None:
     if isinstance(words, list) and words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
-    own = "".join(f"\n  {name:20}{_summary(command)}" for name, command in COMMANDS.items())
+    own = "".join(f"\n  {name:20}{command.summary}" for name, command in COMMANDS.items())
     TeamCLI(
         Team,
         ImageDataModule,

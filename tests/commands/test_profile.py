@@ -26,7 +26,7 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(checkpoint.read_bytes())
     main(["profile", "--ckpt_path", str(alone), "--batch_sizes", "[1]", "--runs", "1"])
-    assert "Without accuracies of these weights: `teamnet test`" in " ".join(
+    assert "There are no accuracies of these weights: `teamnet test`" in " ".join(
         capsys.readouterr().out.split()
     )
     assert Profile.load(tmp_path / "profile_a_cpu.json").split is None
@@ -38,8 +38,8 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     [
         (["--teammate", "c"], "has the Teammates a, b; found c"),
         (["--device", "gpu"], "cannot be put on 'gpu'"),
-        (["--batch_sizes", "[]"], "batch_sizes must be 1 or more each, found []"),
-        (["--batch_sizes", "[0]"], "batch_sizes must be 1 or more each, found [0]"),
+        (["--batch_sizes", "[]"], "batch_sizes must be one or more positive numbers, found []"),
+        (["--batch_sizes", "[0]"], "batch_sizes must be one or more positive numbers, found [0]"),
         (["--runs", "0"], "runs must be at least 1, found 0"),
         (["--ckpt_path", "nothing.ckpt"], "There is no file nothing.ckpt"),
     ],

@@ -5,17 +5,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from teamnet_pl.cli import main
-from teamnet_pl.commands import serve_teammate
+from teamnet_pl.commands.serve import serve_teammate
 from teamnet_pl.deploy import Predictor
 
 
 def test_options_reach_the_server(checkpoint, monkeypatch):
     started = {}
 
-    def run(app, taken):
-        started.update(app=app, address=taken.getsockname())
+    def run(app, listener):
+        started.update(app=app, address=listener.getsockname())
 
-    monkeypatch.setattr("teamnet_pl.deploy.server.run", run)
+    monkeypatch.setattr("teamnet_pl.deploy.serving.server.run", run)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     make, options = Predictor.from_checkpoint, {}
@@ -42,7 +42,7 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.server")
+    monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.serving.server")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'teamnet_pl\[serve\]'"):
         serve_teammate(str(checkpoint))
 

@@ -88,7 +88,7 @@ def test_predictions_of_the_command_line_have_names(fitted):
 def test_a_server_names_the_class(fitted):
     from starlette.testclient import TestClient
 
-    from teamnet_pl.deploy.server import Server
+    from teamnet_pl.deploy.serving.server import Server
 
     predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
     files, _ = images_of(fitted)

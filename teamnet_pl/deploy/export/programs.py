@@ -1,44 +1,17 @@
-"""Plain files of one depth: weights, `torch.export` and ExecuTorch programs."""
+"""One depth as a `torch.export` or ExecuTorch program."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
-from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from teamnet_pl.deploy.export.weights import plain_net
 from teamnet_pl.elastic import DepthLike, ElasticNet
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
-
-
-def plain_net(net: ElasticNet, depth: DepthLike) -> nn.Module:
-    """One depth as a plain net on the CPU, in evaluation mode and without gradients.
-
-    Raises:
-        ValueError: If the net has no such depth, or cannot do without the skipped blocks.
-    """
-    return net.extract(depth).cpu().eval().requires_grad_(False)
-
-
-def save_weights(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
-    """Saves the weights of one depth for the plain net that has just this depth.
-
-    For a ResNet-50 that keeps 3, 4, 2 and 1 blocks it is the state dict of torchvision's
-    ``ResNet(Bottleneck, [3, 4, 2, 1])``. `safetensors.torch.load_model` loads it, strictly.
-
-    Args:
-        net: The net.
-        depth: One of its depths.
-        path: The safetensors file.
-
-    Raises:
-        ValueError: If the net has no such depth, or cannot do without the skipped blocks.
-    """
-    save_model(plain_net(net, depth), str(path))
 
 
 def exported_program(
@@ -49,22 +22,22 @@ def exported_program(
     Args:
         net: The net.
         depth: One of its depths.
-        batch_size: Number of images that the program takes; by default any.
+        batch_size: Number of images that the program takes; by default any number.
 
     Returns:
         A program that maps images ``(N, *net.input_shape)`` to logits ``(N, classes)``.
 
     Raises:
-        ValueError: If the net has no such depth, cannot do without the skipped blocks, or cannot be
-            exported.
+        TeamNetError: If the net has no such depth, cannot run without the skipped blocks, or cannot
+            be exported.
     """
     plain = plain_net(net, depth)
-    # Two: torch.export takes a single example for a batch that is always one.
+    # Two examples: from one, torch.export would conclude that a batch always has one image.
     images = example_images(plain, batch_size or 2, net.input_shape)
     shapes = None if batch_size else ({0: Dim("batch")},)
     try:
         return torch.export.export(plain, (images,), dynamic_shapes=shapes)
-    except Exception as error:  # whatever the tracer stumbles over
+    except Exception as error:  # the tracer raises errors of many kinds
         size = batch_size or "any number of"
         raise TeamNetError(
             f"torch.export cannot export {type(plain).__name__} at {depth} for {size} images: "
@@ -81,15 +54,15 @@ def save_program(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
         path: The ``.pt2`` file.
 
     Raises:
-        ValueError: As `exported_program`.
+        TeamNetError: As in `exported_program`.
     """
     torch.export.save(exported_program(net, depth), path)
 
 
 def save_executorch(net: ElasticNet, depth: DepthLike, path: str | Path) -> None:
-    """Saves one depth as an ExecuTorch program for the processors of phones and boards.
+    """Saves one depth as an ExecuTorch program for the processors of phones and small boards.
 
-    It takes one image at a time, and runs on XNNPACK.
+    The program takes one image at a time and runs on XNNPACK.
 
     Args:
         net: The net.
@@ -97,7 +70,7 @@ def save_executorch(net: ElasticNet, depth: DepthLike, path: str | Path) -> None
         path: The ``.pte`` file.
 
     Raises:
-        ValueError: As `exported_program`.
+        TeamNetError: As in `exported_program`.
         ModuleNotFoundError: If the extra ``executorch`` is not installed.
     """
     exir = require("executorch.exir", "executorch")

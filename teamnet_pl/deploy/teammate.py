@@ -1,4 +1,4 @@
-"""A Teammate on its own, with all that it takes to use it; the Hugging Face Hub."""
+"""A Teammate on its own, with everything that using it takes; it goes to the Hugging Face Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,43 +33,43 @@ CARD = """\
 
 # {{ backbone }} at {{ depths }} depths
 
-An image classifier that runs at any of these depths, by one set of weights:
+An image classifier with one set of weights that runs at any of these depths:
 
 {{ table }}
 
-It tells {{ num_classes }} classes apart{{ classes }}. It takes images of shape {{ input_shape }},
-their pixels in [0, 1]{{ normalisation }}.
+It distinguishes {{ num_classes }} classes{{ classes }}. Its input is a batch of images of shape
+{{ input_shape }} (channels, height, width) with pixels in [0, 1]{{ normalization }}.
 
 ```python
 from teamnet_pl.deploy import Teammate
 
 net = Teammate.from_pretrained("...")  # the name of this repository, or a folder
 
-with net.at("{{ shallowest }}"):  # or any of net.depths
-    logits = net(images)  # (N, {{ num_classes }})
+with net.at("{{ shallowest }}"):  # or any other of net.depths
+    logits = net(images)  # shape (N, {{ num_classes }})
 
 small = net.extract("{{ shallowest }}")  # a plain net without the skipped blocks
 ```
 
-Trained with [TeamNet](https://arxiv.org/abs/2312.08532), where two such nets learn together.
+Trained with [TeamNet](https://arxiv.org/abs/2312.08532), in which several such nets learn together.
 """
 
 
 @dataclass(frozen=True)
 class DepthRecord:
-    """What is known of one depth.
+    """Size, cost and accuracy of one depth.
 
     Attributes:
-        name: ``d`` followed by the number of skippable blocks kept.
-        blocks: That number.
-        blocks_per_stage: The same in each stage.
+        name: Name of the depth, such as ``d9``.
+        num_blocks: Number of skippable blocks kept.
+        blocks_per_stage: Number of skippable blocks kept in each stage.
         macs: Multiply-accumulates for one image.
         parameters: Number of parameters.
-        accuracy: Share of the images whose label is predicted first, if known.
+        accuracy: Top-1 accuracy as a share from 0 to 1; None if it is not known.
     """
 
     name: str
-    blocks: int
+    num_blocks: int
     blocks_per_stage: list[int]
     macs: int
     parameters: int
@@ -84,24 +84,24 @@ class Teammate(
     tags=["elastic-depth"],
     model_card_template=CARD,
 ):
-    """An elastic net by the name of its backbone, with what it takes to use it.
+    """An elastic net that knows its backbone's name, its preprocessing and its classes.
 
-    Beside what an `ElasticNet` can, it has ``save_pretrained``, ``from_pretrained`` and
-    ``push_to_hub`` of `huggingface_hub.PyTorchModelHubMixin`: weights as ``model.safetensors``, the
-    arguments as ``config.json``, and a model card. Nothing that is loaded is run as code.
+    Besides the methods of an `ElasticNet` it has ``save_pretrained``, ``from_pretrained`` and
+    ``push_to_hub`` of `huggingface_hub.PyTorchModelHubMixin`: weights as ``model.safetensors``,
+    arguments as ``config.json``, and a model card. Loading runs no code from these files.
 
     Args:
         num_classes: Number of classes.
         input_shape: Shape of one image, ``(channels, height, width)``.
-        net: The backbone and its depths. Weights to start from are left out.
-        preprocessing: How images become its input; None if that is not known.
+        net: The backbone and its depths. Pretrained weights that it names are not loaded.
+        preprocessing: How images become the input of the net; None if it is not known.
         classes: Names of the classes, in the order of the labels; None if they are not known.
-        accuracy: Share of the images whose label is predicted first, by the depth's name.
-        split: The images that the accuracy was measured on, such as ``test``.
+        accuracy: Top-1 accuracy by the depth's name, as a share from 0 to 1.
+        split: The split on which the accuracy was measured, such as ``test``.
 
     Raises:
-        ValueError: If there is no such backbone, it cannot be elastic or has no such depths, or
-            there is not one name for each class.
+        TeamNetError: If there is no such backbone, it cannot be made elastic or has no such
+            depths, or there is not one name for each class.
 
     Example:
         >>> net = Teammate(10, (1, 8, 8), TeammateConfig(depths=[7, 3]))
@@ -122,7 +122,7 @@ class Teammate(
     ) -> None:
         if classes is not None and len(classes) != num_classes:
             raise TeamNetError(
-                f"There are {num_classes} classes, but {len(classes)} names of them."
+                f"There must be a name for each of {num_classes} classes, found {len(classes)}."
             )
         super().__init__(
             create_backbone(net.without_weights(), num_classes, input_shape[0]),
@@ -145,27 +145,26 @@ class Teammate(
         device: str | torch.device = "cpu",
         trust_import: bool = False,
     ) -> "Teammate":
-        """Takes one Teammate out of the checkpoint of a training.
+        """Takes one Teammate out of the checkpoint of a training run.
 
-        Its preprocessing and the names of its classes are those in the checkpoint, and its accuracy
-        is that in ``per_depth.json`` beside the checkpoint, if it is there and of these very
-        weights.
+        Its preprocessing and class names come from the checkpoint. Its accuracy comes from
+        ``per_depth.json`` beside the checkpoint, if that file is about the same weights.
 
         Args:
             path: The checkpoint.
-            name: ``a`` or ``b``.
-            device: Where to put it.
+            name: Name of the Teammate, such as ``a``.
+            device: The device to put it on.
             trust_import: Whether the checkpoint may name a backbone by import path, which runs
-                code: only for a file that you trust as you do code.
+                code. Allow this only for a file that you trust as you trust code.
 
         Returns:
             The Teammate, in evaluation mode.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a checkpoint of a training, is damaged, names what is not
-                trusted, or its team has no such Teammate; if a weight is infinite or NaN; or if
-                there is no such device.
+            TeamNetError: If the file is not a checkpoint of a team, is damaged, or names something
+                that is not trusted; if the team has no such Teammate; if a weight is infinite or
+                NaN; or if there is no such device.
         """
         return cls.from_saved(SavedTeam.read(path, trust_import), name, device)
 
@@ -173,23 +172,20 @@ class Teammate(
     def from_saved(
         cls, saved: SavedTeam, name: str = "a", device: str | torch.device = "cpu"
     ) -> "Teammate":
-        """Takes one Teammate out of a checkpoint that was read.
+        """Takes one Teammate out of a checkpoint that has been read.
 
         Args:
             saved: The checkpoint.
-            name: ``a`` or ``b``.
-            device: Where to put it.
+            name: Name of the Teammate, such as ``a``.
+            device: The device to put it on.
 
         Returns:
             The Teammate, in evaluation mode.
 
         Raises:
-            ValueError: As `from_checkpoint`.
+            TeamNetError: As in `from_checkpoint`.
         """
-        values = saved.hyper_parameters
-        if name not in ("a", "b") or not values[name]:
-            names = ", ".join(mate for mate in ("a", "b") if values[mate])
-            raise TeamNetError(f"The team in {saved.path} has the Teammates {names}; found {name}.")
+        config = saved.teammate(name)
         accuracy, split = saved.accuracies(name)
         prefix = f"teammates.{name}."
         weights = {
@@ -199,9 +195,9 @@ class Teammate(
         }
         with naming(saved.path), no_larger_than(number_of_weights(weights), saved.path):
             teammate = cls(
-                values["num_classes"],
-                values["input_shape"],
-                restore_member(TeammateConfig, f"model.{name}", values[name], saved.trust),
+                saved.hyper_parameters["num_classes"],
+                saved.hyper_parameters["input_shape"],
+                config,
                 preprocessing=saved.preprocessing,
                 classes=saved.classes,
                 accuracy=accuracy,
@@ -209,17 +205,10 @@ class Teammate(
             )
         load_weights(teammate, weights, saved.path)
         check_finite(weights, saved.path)
-        try:
-            if torch.device(device).type == "meta":
-                raise RuntimeError("tensors there have no values")
-            return teammate.eval().to(device)
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            # The first from a torch without CUDA; torch explains at length where else it runs.
-            reason = str(error).partition("\n")[0]
-            raise TeamNetError(f"The net cannot be put on {str(device)!r}: {reason}") from error
+        return _moved(teammate.eval(), device)
 
     def records(self) -> list[DepthRecord]:
-        """What is known of each depth, the deepest first."""
+        """Lists size, cost and accuracy of each depth, the deepest first."""
         costs = depth_costs(self, self.input_shape)
         return [
             DepthRecord(
@@ -234,7 +223,7 @@ class Teammate(
         ]
 
     def generate_model_card(self, **kwargs: Any) -> ModelCard:
-        """Fills in the model card."""
+        """Fills in the template of the model card."""
         records = self.records()
         header = ["depth", "blocks per stage", "MACs", "parameters"]
         rows = [
@@ -246,10 +235,10 @@ class Teammate(
             for row, record in zip(rows, records, strict=True):
                 row.append("" if record.accuracy is None else f"{record.accuracy:.2%}")
         lines = [header, ["---"] * len(header), *rows]
-        normalisation, classes = "", ""
+        normalization, classes = "", ""
         if self.preprocessing is not None:
             mean, std = self.preprocessing.mean, self.preprocessing.std
-            normalisation = f", less {mean}, divided by {std}"
+            normalization = f", normalized with mean {mean} and standard deviation {std}"
         if self.classes is not None:
             classes = f": {', '.join(self.classes)}"
         return super().generate_model_card(
@@ -259,7 +248,7 @@ class Teammate(
             num_classes=self.num_classes,
             classes=classes,
             input_shape=list(self.input_shape),
-            normalisation=normalisation,
+            normalization=normalization,
             shallowest=self.depths[-1].name,
             **kwargs,
         )
@@ -268,21 +257,21 @@ class Teammate(
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, trust_import: bool = False, **kwargs: Any
     ) -> "Teammate":
-        """Restores a Teammate from a folder or the Hub; nothing in its files is run.
+        """Restores a Teammate from a folder or the Hub without running any code from its files.
 
         Args:
             pretrained_model_name_or_path: A folder that ``save_pretrained`` wrote, or the name of a
                 repository on the Hub.
-            trust_import: Whether the config may name a backbone by import path, which runs code:
-                only for files that you trust as you do code.
-            **kwargs: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
+            trust_import: Whether the config may name a backbone by import path, which runs code.
+                Allow this only for files that you trust as you trust code.
+            **kwargs: Arguments of `huggingface_hub.ModelHubMixin.from_pretrained`.
 
         Returns:
             The Teammate, in evaluation mode.
 
         Raises:
-            ValueError: If the config or the weights are missing, damaged, not finite or do not fit
-                each other, or the config names what is not trusted.
+            TeamNetError: If the config or the weights are missing, damaged, not finite or do not
+                fit each other, or the config names something that is not trusted.
         """
         with naming(pretrained_model_name_or_path):
             try:
@@ -303,7 +292,7 @@ class Teammate(
         if "net" not in kwargs:
             raise TeamNetError(f"{source} has no config.json of a Teammate.")
         trust = Trust(source, trust_import)
-        # The mixin made it without a look at the types of the values.
+        # The mixin has not checked the types of the values.
         net = restore_member(TeammateConfig, "net", vars(kwargs["net"]), trust)
         if (preprocessing := kwargs.get("preprocessing")) is not None:
             preprocessing = restore_preprocessing(vars(preprocessing), trust)
@@ -311,15 +300,15 @@ class Teammate(
         check_classes(source, kwargs.get("classes"), kwargs["num_classes"])
         changes = {"net": net, "preprocessing": preprocessing, "strict": True}
         weights = Path(source) / constants.SAFETENSORS_SINGLE_FILE
-        if not weights.is_file():  # on the Hub, where the net is made before the file is there
+        if not weights.is_file():  # on the Hub, where the mixin makes the net before the download
             teammate: Teammate = super()._from_pretrained(**kwargs | changes)
             return teammate
-        with no_larger_than(weights.stat().st_size, source):  # a weight takes a byte or more
+        with no_larger_than(weights.stat().st_size, source):  # a weight takes at least a byte
             teammate = super()._from_pretrained(**kwargs | changes)
         return teammate
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Saves the weights with their digest."""
+        """Saves the weights together with their digest."""
         path = save_directory / constants.SAFETENSORS_SINGLE_FILE
         save_model(self, str(path), {"weights": weights_digest(self.state_dict())})
 
@@ -327,7 +316,7 @@ class Teammate(
     def _load_as_safetensor(  # type: ignore[override]
         cls, model: "Teammate", model_file: str, map_location: str, strict: bool
     ) -> "Teammate":
-        """Loads the weights and compares their digest."""
+        """Loads the weights and checks their digest."""
         try:
             load_model(model, model_file, strict=strict, device=map_location)
             with safe_open(model_file, framework="pt") as file:
@@ -336,8 +325,8 @@ class Teammate(
             raise TeamNetError(f"{model_file} cannot be read as safetensors: {error}") from error
         if digest is not None and digest != weights_digest(model.state_dict()):
             raise TeamNetError(
-                f"{model_file} is damaged: its weights are not those that were saved, by their "
-                "checksum. Use another copy of the file."
+                f"{model_file} is damaged: the checksum of its weights is wrong. Use another copy "
+                "of the file."
             )
         check_finite(model.state_dict(), model_file)
         return model.eval()
@@ -348,3 +337,19 @@ class Teammate(
         raise TeamNetError(
             "There is no model.safetensors; other files with weights are not loaded."
         )
+
+
+def _moved(teammate: Teammate, device: str | torch.device) -> Teammate:
+    """Moves a Teammate to a device.
+
+    Raises:
+        TeamNetError: If there is no such device.
+    """
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("tensors there have no values")
+        return teammate.to(device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        # A torch without CUDA raises an AssertionError. The first line of torch's text is enough.
+        reason = str(error).partition("\n")[0]
+        raise TeamNetError(f"The net cannot be put on {str(device)!r}: {reason}") from error

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teamnet_pl.deploy.batcher import Batcher, OverloadedError
-from teamnet_pl.deploy.controller import DepthController
+from teamnet_pl.deploy.runtime.controller import DepthController
+from teamnet_pl.deploy.serving.batcher import Batcher, OverloadedError
 
 MILLISECONDS = {"d7": 10.0, "d2": 4.0, "d0": 2.0}
 
@@ -21,9 +21,9 @@ class Machine:
     An image holds the number of its request; so do the answers.
     """
 
-    def __init__(self, load=1.0):
+    def __init__(self):
         self.now = 0.0
-        self.load = load
+        self.slowdown = 1.0
         self.batches = []
         self.gate = threading.Event()
         self.gate.set()
@@ -42,9 +42,9 @@ class Machine:
         if 666 in numbers:
             raise RuntimeError("out of memory")
         self.batches.append((depth, numbers))
-        taken_ms = self.load * self.expected_ms(depth, len(images))
-        self.now += taken_ms / 1000
-        self.controller.observe(depth, len(images), taken_ms)
+        latency_ms = self.slowdown * self.expected_ms(depth, len(images))
+        self.now += latency_ms / 1000
+        self.controller.observe(depth, len(images), latency_ms)
         return images.view(-1, 1)
 
 
@@ -115,7 +115,7 @@ def test_only_one_batch_of_several_is_planned_to_be_slow(budget, depth):
     machine = Machine()
     for slow in [False] * 18 + [True] * 2:
         machine.controller.observe("d0", 1, 2.0 + 2.0 * slow)
-    assert machine.controller.load == pytest.approx(2)
+    assert machine.controller.slowdown == pytest.approx(2)
     serve(machine, [(i, budget) for i in range(1, 9)])
     assert machine.batches[1][0] == depth
 
@@ -128,7 +128,7 @@ def test_refused_when_not_even_the_shallowest_is_in_time():
     assert {answer.depth for answer in done} == {"d0"}
     refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
     assert len(refused) == 11
-    assert "8 requests wait: even at depth d0, 8.0 ms for 4" in str(refused[0])
+    assert "8 requests are waiting: even at depth d0, 8.0 ms for 4" in str(refused[0])
 
 
 @pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
@@ -137,7 +137,7 @@ def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
     machine = Machine()
     refused = serve(machine, [*((i, 1000) for i in range(1, 7)), (9, budget)])[-1]
     assert isinstance(refused, OverloadedError)
-    assert [own for own, _ in machine.batches[1:]] == [depth, "d7"]
+    assert [ran for ran, _ in machine.batches[1:]] == [depth, "d7"]
 
 
 def test_one_that_would_delay_others_too_much_is_refused():
@@ -169,7 +169,7 @@ def test_alone_it_is_never_refused():
 def test_who_is_late_gives_way_to_who_is_not():
     """The batch before took a second, not 2 ms."""
     machine = Machine()
-    machine.load = 500
+    machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600), (3, 5000)])
     assert all(isinstance(answer, OverloadedError) for answer in answers[:2])
     assert "After 1000.0 ms there is no time left" in str(answers[0])
@@ -178,7 +178,7 @@ def test_who_is_late_gives_way_to_who_is_not():
 
 def test_where_all_are_late_they_are_answered():
     machine = Machine()
-    machine.load = 500
+    machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600)])
     assert [answer.depth for answer in answers] == ["d0", "d0"]
 
@@ -260,8 +260,8 @@ def test_those_who_are_let_in_are_in_time(budgets, max_batch_size):
     answers = serve(machine, list(enumerate(budgets, 1)), max_batch_size)
     for budget, answer in zip(budgets, answers, strict=True):
         if not isinstance(answer, Exception):
-            taken = machine.expected_ms(answer.depth, answer.batch_size)
-            assert answer.waited_ms + taken <= budget + 1e-6
+            latency_ms = machine.expected_ms(answer.depth, answer.batch_size)
+            assert answer.waited_ms + latency_ms <= budget + 1e-6
 
 
 def test_batch_size_out_of_range():

@@ -11,6 +11,7 @@ from teamnet_pl import Team, TeammateConfig
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.elastic import depth_costs
+from tests.helpers.deploy import train
 from tests.helpers.teams import make_team, make_trainer
 
 pytestmark = [
@@ -25,10 +26,10 @@ IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def teammate(nets):
+def teammate():
     accuracy = {"d7": 0.875, "d2": 0.5}
     net = Teammate(10, (1, 8, 8), TINY, PREPROCESSING, CLASSES, accuracy, "test")
-    nets.train(net)
+    train(net)
     return net
 
 
@@ -67,10 +68,10 @@ def test_folder(teammate, tmp_path):
     assert again == (tmp_path / "net" / "config.json").read_text()
 
 
-def test_weights_per_depth(nets, tmp_path):
+def test_weights_per_depth(tmp_path):
     config = TeammateConfig(options={"width": 4}, depths=3, per_depth_affine=True)
     net = Teammate(10, (1, 8, 8), config)
-    nets.train(net)
+    train(net)
     net.save_pretrained(tmp_path)
     assert_same(Teammate.from_pretrained(tmp_path), net)
 
@@ -102,8 +103,8 @@ def test_model_card(teammate, tmp_path):
     assert [row[-1] for row in rows[1:]] == ["87.50% |", " |", "50.00% |"]
     costs = depth_costs(teammate, (1, 8, 8)).values()
     assert [row[2:4] for row in rows[1:]] == [[f"{c.macs:,}", f"{c.parameters:,}"] for c in costs]
-    assert "less [0.3], divided by [0.2]" in card.text
-    assert "10 classes apart: zero, one, two" in card.text
+    assert "normalized with mean [0.3] and standard deviation [0.2]" in card.text
+    assert "distinguishes 10 classes: zero, one, two" in card.text
 
 
 def test_example_of_the_model_card_runs(teammate, tmp_path):
@@ -120,7 +121,7 @@ def test_card_of_a_net_of_which_less_is_known(tmp_path):
     Teammate(10, (1, 8, 8), TINY).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md").text
     assert "accuracy" not in card
-    assert "divided" not in card
+    assert "normalized" not in card
 
 
 class Bomb:

@@ -1,7 +1,8 @@
-"""Predictions over HTTP, where depth gives way before a request is refused.
+"""Predictions over HTTP. Under load the depth decreases before requests are refused.
 
-Starlette, not a server of models such as LitServe: theirs hand workers batches that are formed
-already, and the depth depends on what else waits and until when.
+Built on Starlette rather than on a model server such as LitServe: those hand batches to their
+workers that are already formed, while here the depth depends on the other waiting requests and
+their deadlines.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -27,29 +27,33 @@ from starlette.routing import Route
 from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from teamnet_pl.deploy.batcher import Answer, Batcher, OverloadedError
-from teamnet_pl.deploy.images import MAX_PIXELS
-from teamnet_pl.deploy.predictor import Predictor, check_budget
+from teamnet_pl.deploy.runtime.predictor import Predictor, check_budget
+from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS
+from teamnet_pl.deploy.serving.batcher import Answer, Batcher, OverloadedError
 from teamnet_pl.errors import TeamNetError
 
 Number = TypeVar("Number", int, float)
 
-READ_SECONDS = 10
-"""Seconds in which a request's body has to come."""
-HEADER_SECONDS = 10
-"""Seconds in which a request's headers have to come."""
+BODY_TIMEOUT_S = 10
+"""Seconds in which the body of a request has to arrive."""
+HEADERS_TIMEOUT_S = 10
+"""Seconds in which the headers of a request have to arrive."""
 MAX_REQUESTS = 512
-"""Requests to predict at once: each may have a body in memory."""
-LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+"""Largest number of predictions at once, as each may hold a body in memory."""
+LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 """Buckets of the latency histogram, in seconds."""
 
 
 class Metrics:
-    """What Prometheus is told of a server.
+    """The metrics of a server for Prometheus.
 
     Args:
-        predictor: The net.
-        batcher: Who waits for it.
+        predictor: Runs the net.
+        batcher: Holds the waiting requests.
+
+    Attributes:
+        registry: All metrics.
+        requests: Counts requests by the status of their answer.
     """
 
     def __init__(self, predictor: Predictor, batcher: Batcher) -> None:
@@ -60,44 +64,46 @@ class Metrics:
             ["status"],
             registry=registry,
         )
-        self.seconds = Histogram(
+        self._latency = Histogram(
             "teamnet_latency_seconds",
-            "From a request's last byte to its answer, by depth.",
+            "Time from the last byte of a request to its answer, by depth.",
             ["depth"],
-            buckets=LATENCIES,
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        self.batch_size = Histogram(
+        self._batch_size = Histogram(
             "teamnet_batch_size",
-            "Images at once, for each image.",
+            "Size of the batch in which an image ran, for each image.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        waiting = Gauge("teamnet_waiting", "Requests that wait.", registry=registry)
+        waiting = Gauge("teamnet_waiting", "Waiting requests.", registry=registry)
         waiting.set_function(lambda: batcher.waiting)
-        load = Gauge(
-            "teamnet_load", "How many times as slow as profiled runs are.", registry=registry
+        slowdown = Gauge(
+            "teamnet_slowdown",
+            "How many times as slow as profiled the machine is.",
+            registry=registry,
         )
-        load.set_function(lambda: predictor.controller.load)
+        slowdown.set_function(lambda: predictor.controller.slowdown)
 
-    def answered(self, answer: Answer, seconds: float) -> None:
-        """Counts an answer."""
-        self.seconds.labels(answer.depth).observe(seconds)
-        self.batch_size.observe(answer.batch_size)
+    def count_answer(self, answer: Answer, seconds: float) -> None:
+        """Counts an answer and its latency in seconds."""
+        self._latency.labels(answer.depth).observe(seconds)
+        self._batch_size.observe(answer.batch_size)
 
 
 class Server:
     """The endpoints.
 
     Args:
-        predictor: The net.
-        budget_ms: Budget of requests that name none, in milliseconds.
-        max_batch_size: Images at once.
-        max_body_bytes: Size of an image file that is accepted.
-        max_pixels: Size of an image that is accepted.
+        predictor: Runs the net.
+        budget_ms: Budget of requests that do not give one, in milliseconds.
+        max_batch_size: Largest number of images that run at once.
+        max_body_bytes: Largest size of an image file in bytes.
+        max_pixels: Largest number of pixels of an image.
 
     Raises:
-        ValueError: If a number is not positive.
+        TeamNetError: If a number is not positive.
     """
 
     def __init__(
@@ -119,34 +125,34 @@ class Server:
         self.max_pixels = max_pixels
         self.batcher = Batcher(predictor, max_batch_size)
         self.metrics = Metrics(predictor, self.batcher)
+        self._num_requests = 0
         # Decoding more images at once than there are cores takes memory and saves no time.
-        self._requests = 0
-        self._decoding = asyncio.Semaphore(os.cpu_count() or 1)
+        self._decoding_slots = asyncio.Semaphore(os.cpu_count() or 1)
 
     def app(self) -> Starlette:
-        """The application, for any ASGI server."""
+        """Makes the application, for any ASGI server."""
         return Starlette(
             routes=[
                 Route("/predict", self.predict, methods=["POST"]),
                 Route("/health", self.health),
                 Route("/metrics", self.show_metrics),
             ],
-            exception_handlers={HTTPException: _refuse, Exception: _fail},
+            exception_handlers={HTTPException: _http_error, Exception: _internal_error},
             lifespan=self._lifespan,
         )
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._running = asyncio.create_task(self.batcher.run())
+        self._batcher_task = asyncio.create_task(self.batcher.run())
         yield
-        self._running.cancel()
+        self._batcher_task.cancel()
 
     async def predict(self, request: Request) -> Response:
         """Predicts the class of the image in the body."""
-        self._requests += 1
+        self._num_requests += 1
         try:
-            if self._requests > MAX_REQUESTS:
-                raise OverloadedError(f"The server has {MAX_REQUESTS} requests already.")
+            if self._num_requests > MAX_REQUESTS:
+                raise OverloadedError(f"The server already has {MAX_REQUESTS} requests.")
             response = await self._predict(request)
         except OverloadedError as error:
             self.metrics.requests.labels(503).inc()
@@ -158,23 +164,24 @@ class Server:
             self.metrics.requests.labels(500).inc()
             raise
         finally:
-            self._requests -= 1
+            self._num_requests -= 1
         self.metrics.requests.labels(200).inc()
         return response
 
     async def _predict(self, request: Request) -> Response:
+        clock = self.batcher.clock
         try:
             budget_ms, depth = self._budget(request.query_params)
             body = await self._body(request)
-            arrived = time.monotonic()
-            self.batcher.admit(arrived, budget_ms, depth)  # or it would be decoded for nothing
-            async with self._decoding:
+            arrived = clock()
+            self.batcher.admit(arrived, budget_ms, depth)  # spares decoding an image in vain
+            async with self._decoding_slots:
                 image = await asyncio.to_thread(self._image, body)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         answer = await self.batcher.predict(image, arrived, budget_ms, depth)
-        seconds = time.monotonic() - arrived
-        self.metrics.answered(answer, seconds)
+        seconds = clock() - arrived
+        self.metrics.count_answer(answer, seconds)
         label = int(answer.probabilities.argmax())
         return JSONResponse(
             {
@@ -205,20 +212,23 @@ class Server:
         return budget_ms, self.predictor.depth_for(macs, query.get("depth"))
 
     async def _body(self, request: Request) -> bytes:
-        """Reads the body, but keeps no more of it than is allowed."""
+        """Reads the body, and keeps no more of it than the allowed size."""
         try:
-            body, size = await asyncio.wait_for(self._read(request), READ_SECONDS)
+            body, size = await asyncio.wait_for(self._read(request), BODY_TIMEOUT_S)
         except asyncio.TimeoutError as error:
-            raise HTTPException(408, f"The body did not come in {READ_SECONDS} s.") from error
+            raise HTTPException(
+                408, f"The body did not arrive within {BODY_TIMEOUT_S} s."
+            ) from error
         except ClientDisconnect as error:
-            raise HTTPException(400, "The body ends too early.") from error
-        # Not before all of it is read: an answer would be lost on a client that still sends.
+            raise HTTPException(400, "The body ended too early.") from error
+        # Only after all of it is read: a client that is still sending would miss an answer.
         if size > self.max_body_bytes:
-            message = f"The body has {size:,} bytes, {self.max_body_bytes:,} are allowed."
+            message = f"The body has {size:,} bytes; {self.max_body_bytes:,} are allowed."
             raise HTTPException(413, message)
         return body
 
     async def _read(self, request: Request) -> tuple[bytes, int]:
+        """Returns the beginning of the body, up to the allowed size, and its whole size."""
         body, size = bytearray(), 0
         async for chunk in request.stream():
             size += len(chunk)
@@ -230,8 +240,8 @@ class Server:
         return self.predictor.preprocessing(body, self.max_pixels)[0]
 
     async def health(self, request: Request) -> Response:
-        """Says whether requests are answered, and what the server can do."""
-        status = "failed" if self._running.done() else "ok"
+        """Reports whether requests are answered, and describes the net."""
+        status = "failed" if self._batcher_task.done() else "ok"
         if status == "ok" and not self.predictor.last_is_finite:
             status = "the last output is not finite"
         return JSONResponse(
@@ -246,7 +256,7 @@ class Server:
         )
 
     async def show_metrics(self, request: Request) -> Response:
-        """Shows the metrics in the format of Prometheus."""
+        """Reports the metrics in the format of Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -258,60 +268,60 @@ def _number(query: QueryParams, name: str, kind: type[Number]) -> Number | None:
         raise TeamNetError(f"{name} must be a number ({kind.__name__}), found {text!r}.") from error
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def _fail(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "The server failed; its log says how."}, 500)
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "The server failed; its log has the details."}, 500)
 
 
-class SlowHeadersProtocol(H11Protocol):
-    """Closes connections whose request's headers do not come in time.
+class HeadersTimeoutProtocol(H11Protocol):
+    """Closes connections on which the headers of a request do not arrive in time.
 
-    Uvicorn itself has a time limit only for the first byte of a connection's later requests.
+    Uvicorn itself only limits the time until the first byte of a later request on a connection.
     """
 
-    _deadline: asyncio.TimerHandle | None = None
+    _timeout: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the time for the first request."""
+        """Starts the timeout of the first request."""
         super().connection_made(transport)
-        self._watch()
+        self._update_timeout()
 
     def data_received(self, data: bytes) -> None:
-        """Takes bytes; the time goes on until the headers are whole."""
+        """Handles bytes; the timeout runs until the headers are complete."""
         super().data_received(data)
-        self._watch()
+        self._update_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the time."""
+        """Cancels the timeout."""
         super().connection_lost(exc)
-        self._watch()
+        self._update_timeout()
 
-    def _watch(self) -> None:
-        waits = not self.transport.is_closing() and self.conn.their_state is h11.IDLE
-        if waits and self._deadline is None:
-            self._deadline = self.loop.call_later(HEADER_SECONDS, self._close)
-        elif not waits and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _update_timeout(self) -> None:
+        is_waiting = not self.transport.is_closing() and self.conn.their_state is h11.IDLE
+        if is_waiting and self._timeout is None:
+            self._timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self._close)
+        elif not is_waiting and self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
     def _close(self) -> None:
-        self._deadline = None
+        self._timeout = None
         self.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes an address for a server.
+    """Opens a listening socket.
 
     Args:
-        host: Name or number of an interface of this machine.
-        port: Port; 0 for a free one.
+        host: Name or address of an interface of this machine.
+        port: The port; 0 for a free one.
 
     Raises:
-        ValueError: If there is no such host or port, or it is not free or not allowed.
+        TeamNetError: If there is no such host or port, or it is in use or not permitted.
     """
     if not 0 <= port <= 65535:
         raise TeamNetError(f"port must be in 0..65535, found {port}.")
@@ -319,32 +329,32 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        taken = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise TeamNetError(f"The host {host!r} cannot be found: {error}.") from error
     try:
-        if os.name == "posix":  # or the port stays taken for a while after a server has ended
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-        taken.listen(2048)
+        if os.name == "posix":  # otherwise the port stays in use for a while after a server ends
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
     except OSError as error:
-        taken.close()
+        listener.close()
         raise TeamNetError(
             f"The server cannot listen at {host}, port {port}: {error.strerror}. Give another "
             "--port (0 for a free one) or --host."
         ) from error
-    return taken
+    return listener
 
 
-def run(app: Starlette, taken: socket.socket) -> None:
+def run(app: Starlette, listener: socket.socket) -> None:
     """Serves an application until the process is told to end.
 
     Args:
         app: The application.
-        taken: Listens already.
+        listener: A listening socket.
     """
-    host, port = taken.getsockname()[:2]
-    place = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(app, http=SlowHeadersProtocol, ws="none", access_log=False)
-    uvicorn.config.logger.info("Uvicorn running on http://%s:%d", place, port)
-    uvicorn.Server(config).run([taken])
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(app, http=HeadersTimeoutProtocol, ws="none", access_log=False)
+    uvicorn.config.logger.info("Uvicorn running on http://%s:%d", address, port)
+    uvicorn.Server(config).run([listener])

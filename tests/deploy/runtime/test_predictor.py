@@ -1,7 +1,6 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +11,10 @@ from PIL import Image
 
 from teamnet_pl.cooperation.team import RUN_KEY
 from teamnet_pl.deploy import Teammate
-from teamnet_pl.deploy import predictor as module
-from teamnet_pl.deploy.controller import DepthController
-from teamnet_pl.deploy.images import Preprocessing
-from teamnet_pl.deploy.predictor import Predictor
-from teamnet_pl.deploy.profile import Profile, ProfileRow
+from teamnet_pl.deploy.runtime import predictor as module
+from teamnet_pl.deploy.runtime.predictor import Predictor
+from teamnet_pl.deploy.runtime.preprocessing import Preprocessing
+from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
 from tests.helpers.teams import assert_same_state
 
 MILLISECONDS = {"d7": 10.0, "d4": 6.0, "d0": 2.0}
@@ -28,28 +26,52 @@ def predictor(checkpoint):
 
 
 @pytest.fixture(scope="module")
+def net_a(checkpoint):
+    return Teammate.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
 def profile():
     rows = [ProfileRow(name, [1], 1, 1, 1, ms, ms, 0) for name, ms in MILLISECONDS.items()]
     return Profile("cpu", "a machine", 1, rows)
 
 
+def depth_of(view):
+    return view.depths[view._selection.depth].name
+
+
+class Machine:
+    """A made-up machine with its own clock; a run takes its profiled time, times the slowdown."""
+
+    def __init__(self):
+        self.slowdown = 1
+        self.now = 0.0
+
+    def clock(self):
+        return self.now
+
+    def run_timed(self, view, images):
+        latency_ms = self.slowdown * len(images) * MILLISECONDS[depth_of(view)]
+        self.now += latency_ms / 1000
+        return torch.zeros(len(images), 10), latency_ms
+
+
 @pytest.fixture
-def timed(checkpoint, profile, monkeypatch):
-    """A predictor on a machine that is made up, as slow as its load says, with its own clock."""
-    machine = SimpleNamespace(load=1, now=0.0)
+def machine():
+    return Machine()
 
-    def run_timed(view, images):
-        depth = view.depths[view._selection.depth].name
-        taken_ms = machine.load * len(images) * MILLISECONDS[depth]
-        machine.now += taken_ms / 1000
-        return torch.zeros(len(images), 10), taken_ms
 
-    monkeypatch.setattr(module, "run_timed", run_timed)
-    clock = SimpleNamespace(perf_counter=lambda: machine.now, thread_time=lambda: machine.now)
-    monkeypatch.setattr(module, "time", clock)
-    found = Predictor.from_checkpoint(checkpoint, profile=profile)
-    found.machine = machine
-    return found
+@pytest.fixture
+def timed(machine, net_a, predictor, profile, monkeypatch):
+    """A predictor on the made-up machine."""
+    monkeypatch.setattr(module, "run_timed", machine.run_timed)
+    return Predictor(
+        net_a,
+        predictor.preprocessing,
+        profile=profile,
+        clock=machine.clock,
+        cpu_clock=machine.clock,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,38 +81,38 @@ def images(digits):
 
 
 @pytest.fixture(scope="module")
-def normalised(digits):
+def normalized(digits):
     return digits.normalize(next(iter(digits.test_dataloader()))[0][:8])
 
 
-def expected(team, depth, normalised, teammate="a"):
+def expected(team, depth, normalized, teammate="a"):
     """What the plain net of a depth says of the images that the training would have seen."""
     with torch.no_grad():
-        return team.teammates[teammate].extract(depth).eval()(normalised).softmax(-1)
+        return team.teammates[teammate].extract(depth).eval()(normalized).softmax(-1)
 
 
-def test_each_depth_is_the_extracted_net(predictor, team, images, normalised):
+def test_each_depth_is_the_extracted_net(predictor, team, images, normalized):
     assert predictor.depths == ("d7", "d4", "d0")
     for depth in predictor.depths:
-        found = predictor.predict(images, depth=depth)
-        assert found.depth == depth
-        truth = expected(team, depth, normalised)
-        torch.testing.assert_close(found.probabilities, truth, rtol=1e-4, atol=1e-6)
-        assert found.labels.tolist() == truth.argmax(-1).tolist()
-        assert found.latency_ms > 0
+        prediction = predictor.predict(images, depth=depth)
+        assert prediction.depth == depth
+        truth = expected(team, depth, normalized)
+        torch.testing.assert_close(prediction.probabilities, truth, rtol=1e-4, atol=1e-6)
+        assert prediction.labels.tolist() == truth.argmax(-1).tolist()
+        assert prediction.latency_ms > 0
 
 
-def test_a_net_that_was_training(checkpoint, team, images, normalised):
+def test_a_net_that_was_training(checkpoint, team, images, normalized):
     preprocessing = Predictor.from_checkpoint(checkpoint).preprocessing
-    found = Predictor(Teammate.from_checkpoint(checkpoint).train(), preprocessing)
-    truth = expected(team, "d7", normalised)
-    torch.testing.assert_close(found.predict(images).probabilities, truth, rtol=1e-4, atol=1e-6)
+    predictor = Predictor(Teammate.from_checkpoint(checkpoint).train(), preprocessing)
+    truth = expected(team, "d7", normalized)
+    torch.testing.assert_close(predictor.predict(images).probabilities, truth, rtol=1e-4, atol=1e-6)
 
 
-def test_the_other_teammate(checkpoint, team, images, normalised):
-    found = Predictor.from_checkpoint(checkpoint, "b").predict(images)
-    truth = expected(team, team.teammates["b"].depths[0], normalised, "b")
-    torch.testing.assert_close(found.probabilities, truth, rtol=1e-4, atol=1e-6)
+def test_the_other_teammate(checkpoint, team, images, normalized):
+    prediction = Predictor.from_checkpoint(checkpoint, "b").predict(images)
+    truth = expected(team, team.teammates["b"].depths[0], normalized, "b")
+    torch.testing.assert_close(prediction.probabilities, truth, rtol=1e-4, atol=1e-6)
 
 
 def test_budget_of_arithmetic(predictor, images):
@@ -106,32 +128,32 @@ def test_deepest_without_a_budget(predictor, images):
     assert predictor.predict(images).depth == "d7"
 
 
-def test_budget_of_time(timed, images):
+def test_budget_of_time(machine, timed, images):
     # Ten per cent stay free, but where the last depth fits.
     depths = {b: timed.predict(images[0], budget_ms=b).depth for b in (12, 11, 7, 6, 5.9, 1)}
     assert depths == {12: "d7", 11: "d7", 7: "d4", 6: "d4", 5.9: "d0", 1: "d0"}
     assert timed.predict(images, budget_ms=72).depth == "d4"  # 8 images take 48, or 80
-    timed.machine.load = 3
+    machine.slowdown = 3
     for _ in range(2):
         timed.predict(images[0])
-    assert timed.controller.load == pytest.approx(3)
-    found = timed.predict(images[0], budget_ms=28)
-    assert found.depth == "d4"
-    assert found.latency_ms == pytest.approx(18)
+    assert timed.controller.slowdown == pytest.approx(3)
+    prediction = timed.predict(images[0], budget_ms=28)
+    assert prediction.depth == "d4"
+    assert prediction.latency_ms == pytest.approx(18)
 
 
-def test_preprocessing_counts(timed, images):
+def test_preprocessing_counts(machine, timed, images):
     preprocessing = timed.preprocessing
 
     def slow(batch):
-        timed.machine.now += 0.05
+        machine.now += 0.05
         return preprocessing(batch)
 
     timed.preprocessing = slow
     assert timed.predict(images[0], budget_ms=55).depth == "d0"
-    found = timed.predict(images[0], budget_ms=57)
-    assert found.depth == "d4"
-    assert found.latency_ms == pytest.approx(56)
+    prediction = timed.predict(images[0], budget_ms=57)
+    assert prediction.depth == "d4"
+    assert prediction.latency_ms == pytest.approx(56)
 
 
 class SharedCore:
@@ -150,18 +172,17 @@ class SharedCore:
         self.busy = False
         self.disk = disk
         self.random = random.Random(seed)
-        clock = SimpleNamespace(
-            perf_counter=lambda: self.now / 1000, thread_time=lambda: self.worked / 1000
-        )
-        patch.setattr(module, "time", clock)
         patch.setattr(module, "run_timed", self.run)
         rows = [ProfileRow(name, [1], 1, 1, 1, ms, ms, 0) for name, ms in self.RUNS.items()]
         profile = Profile("cpu", "a machine", 1, rows)
-        self.predictor = Predictor(net, Preprocessing((1, 8, 8), [0], [1]), profile=profile)
-        self.predictor.preprocessing = self.read
-        self.predictor.controller = DepthController(
-            self.predictor.depths, profile.expected_ms, clock=lambda: self.now / 1000
+        self.predictor = Predictor(
+            net,
+            Preprocessing((1, 8, 8), [0], [1]),
+            profile=profile,
+            clock=lambda: self.now / 1000,
+            cpu_clock=lambda: self.worked / 1000,
         )
+        self.predictor.preprocessing = self.read
 
     def work(self, ms):
         ms *= self.random.uniform(0.99, 1.01)
@@ -180,7 +201,7 @@ class SharedCore:
 
     def run(self, view, images):
         begin = self.now
-        self.work(self.RUNS[view.depths[view._selection.depth].name])
+        self.work(self.RUNS[depth_of(view)])
         return images, self.now - begin
 
     def calls(self, seconds, budget_ms):
@@ -188,12 +209,12 @@ class SharedCore:
         end, done = self.now + 1000 * seconds, []
         while self.now < end:
             done.append(self.predictor.predict(torch.zeros(1), budget_ms=budget_ms))
-        taken = np.percentile([found.latency_ms for found in done], 95)
-        return [found.depth for found in done], taken
+        p95_ms = np.percentile([prediction.latency_ms for prediction in done], 95)
+        return [prediction.depth for prediction in done], p95_ms
 
 
 @pytest.fixture(scope="module")
-def net(checkpoint):
+def net_b(checkpoint):
     return Teammate.from_checkpoint(checkpoint, "b")
 
 
@@ -202,29 +223,29 @@ def net(checkpoint):
 @example(32.5, 3)
 @example(33.0, 3)
 @settings(max_examples=20, deadline=None)
-def test_no_thrash_beside_a_process_that_takes_every_other_time_slice(net, budget_ms, seed):
+def test_no_thrash_beside_a_process_that_takes_every_other_time_slice(net_b, budget_ms, seed):
     with pytest.MonkeyPatch.context() as patch:
-        core = SharedCore(net, patch, seed)
-        _, taken = core.calls(20, budget_ms)
-        assert taken <= budget_ms
+        core = SharedCore(net_b, patch, seed)
+        _, p95_ms = core.calls(20, budget_ms)
+        assert p95_ms <= budget_ms
         core.busy = True
-        depths, taken = core.calls(20, budget_ms)
-        assert taken <= budget_ms
+        depths, p95_ms = core.calls(20, budget_ms)
+        assert p95_ms <= budget_ms
         assert sum(a != b for a, b in pairwise(depths)) <= 6
         core.busy = False
-        depths, taken = core.calls(20, budget_ms)
-        assert taken <= budget_ms
+        depths, p95_ms = core.calls(20, budget_ms)
+        assert p95_ms <= budget_ms
         # But for the headroom, and the dead band of the load.
         fits = [ms for ms in core.RUNS.values() if ms <= 0.8 * (budget_ms - core.READING)]
         assert core.RUNS[depths[-1]] >= max(fits)
 
 
-def test_time_lost_while_images_are_read_is_load(net):
+def test_time_lost_while_images_are_read_is_load(net_b):
     """So that p95 is kept where the other process hits the reading alone, too."""
     with pytest.MonkeyPatch.context() as patch:
-        core = SharedCore(net, patch, 0)
+        core = SharedCore(net_b, patch, 0)
         core.calls(1, 100)
-        assert core.predictor.controller.load == pytest.approx(1, rel=0.02)
+        assert core.predictor.controller.slowdown == pytest.approx(1, rel=0.02)
 
         def read(images):
             core.now += core.random.choice([0, 7])
@@ -232,28 +253,28 @@ def test_time_lost_while_images_are_read_is_load(net):
 
         core.predictor.preprocessing = read
         core.calls(2, 100)
-        assert core.predictor.controller.load == pytest.approx((23.7 + 7) / 23.7, rel=0.02)
+        assert core.predictor.controller.slowdown == pytest.approx((23.7 + 7) / 23.7, rel=0.02)
 
 
-def test_waiting_for_a_disk_is_no_load(net):
+def test_waiting_for_a_disk_is_no_load(net_b):
     """But part of each call: 23.7 ms fit in 60, less 30, and do not in 50."""
     with pytest.MonkeyPatch.context() as patch:
-        core = SharedCore(net, patch, 0, disk=30)
+        core = SharedCore(net_b, patch, 0, disk=30)
         assert core.calls(5, 60)[0][-1] == "d7"
-        assert core.predictor.controller.load == pytest.approx(1, rel=0.02)
-        depths, taken = core.calls(5, 50)
+        assert core.predictor.controller.slowdown == pytest.approx(1, rel=0.02)
+        depths, p95_ms = core.calls(5, 50)
         assert set(depths) == {"d5"}
-        assert taken < 50
+        assert p95_ms < 50
 
 
 def test_what_a_run_takes_is_learned_at_the_start(timed):
-    assert timed.controller.load == pytest.approx(1)
+    assert timed.controller.slowdown == pytest.approx(1)
 
 
 def test_calibrates_without_a_profile(predictor):
-    assert 0 < predictor.controller.load < 1000
+    assert 0 < predictor.controller.slowdown < 1000
     times = [predictor.controller.estimate_ms(depth) for depth in predictor.depths]
-    assert all(0 < taken < 1e4 for taken in times)
+    assert all(0 < latency_ms < 1e4 for latency_ms in times)
 
 
 def test_batch_sizes_that_are_calibrated(team, monkeypatch):
@@ -287,13 +308,13 @@ def test_weights_are_in_memory_once(predictor):
     assert tensors[0] == tensors[1] == tensors[2]
 
 
-def test_threads_each_at_a_depth_of_their_own(predictor, team, images, normalised):
-    truth = {depth: expected(team, depth, normalised) for depth in predictor.depths}
+def test_threads_each_at_a_depth_of_their_own(predictor, team, images, normalized):
+    truth = {depth: expected(team, depth, normalized) for depth in predictor.depths}
 
     def ask(i):
         depth = predictor.depths[i % 3]
-        found = predictor.predict(images, depth=depth)
-        return torch.allclose(found.probabilities, truth[depth], rtol=1e-4, atol=1e-6)
+        prediction = predictor.predict(images, depth=depth)
+        return torch.allclose(prediction.probabilities, truth[depth], rtol=1e-4, atol=1e-6)
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(ask, range(120)))
@@ -334,8 +355,8 @@ def test_profile_of_another_net_or_device(checkpoint, profile):
 
 def test_profile_from_a_file(checkpoint, profile, tmp_path, timed):
     profile.save(tmp_path / "profile.json")
-    found = Predictor.from_checkpoint(checkpoint, profile=tmp_path / "profile.json")
-    assert found.controller.estimate_ms("d7") == pytest.approx(10)
+    predictor = Predictor.from_checkpoint(checkpoint, profile=tmp_path / "profile.json")
+    assert predictor.controller.estimate_ms("d7") == pytest.approx(10)
 
 
 def test_unknown_depths(team):
@@ -357,9 +378,9 @@ def test_loaded_net_is_the_team_s(checkpoint, team):
 
 def edited(checkpoint, folder, **changes):
     """A checkpoint with other entries; None takes one out."""
-    found = torch.load(checkpoint, weights_only=True) | changes
+    content = torch.load(checkpoint, weights_only=True) | changes
     path = folder / "edited.ckpt"
-    torch.save({key: value for key, value in found.items() if value is not None}, path)
+    torch.save({key: value for key, value in content.items() if value is not None}, path)
     return path
 
 

@@ -4,6 +4,8 @@ import sys
 import pytest
 import torch
 
+from tests.helpers.deploy import cifar, logits_at, make_elastic, make_images
+
 pytest.importorskip("executorch")
 
 # In a process of its own: what ExecuTorch warns of is not ours to fix.
@@ -27,11 +29,11 @@ for name, (image, logits) in torch.load("expected.pt").items():
 
 
 @pytest.mark.slow
-def test_each_depth(nets, tmp_path):
-    net = nets.elastic(nets.cifar(4), [7, 3])
+def test_each_depth(tmp_path):
+    net = make_elastic(cifar(4), [7, 3])
     torch.save(net, tmp_path / "net.pt")
-    image = nets.images(1)
-    expected = {depth.name: (image, nets.logits_at(net, depth, image)) for depth in net.depths}
+    image = make_images(1)
+    expected = {depth.name: (image, logits_at(net, depth, image)) for depth in net.depths}
     torch.save(expected, tmp_path / "expected.pt")
     for script in (SAVE, RUN):
         command = [sys.executable, "-c", script]

@@ -23,17 +23,16 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from teamnet_pl.deploy import Predictor
-from teamnet_pl.deploy import server as module
-from teamnet_pl.deploy.batcher import OverloadedError
-from teamnet_pl.deploy.predictor import NonFiniteError
-from teamnet_pl.deploy.server import Server
+from teamnet_pl.deploy.runtime.predictor import NonFiniteError
+from teamnet_pl.deploy.serving import server as module
+from teamnet_pl.deploy.serving.batcher import OverloadedError
+from teamnet_pl.deploy.serving.server import Server
+from tests.helpers.deploy import encoded, hostile_files
 
 
 def png(seed=0, size=8):
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 def probabilities(team, depth, data):
@@ -51,8 +50,10 @@ def predictor(checkpoint):
 
 @pytest.fixture
 def client(predictor):
-    with TestClient(Server(predictor, budget_ms=5000).app(), raise_server_exceptions=False) as own:
-        yield own
+    with TestClient(
+        Server(predictor, budget_ms=5000).app(), raise_server_exceptions=False
+    ) as client:
+        yield client
 
 
 def test_each_depth_is_the_extracted_net(client, team):
@@ -97,8 +98,8 @@ def test_a_query_that_makes_no_sense(client, query, message):
     "a request's body is not an image, or a hostile one",
     "400 with the reason; the server goes on",
 )
-def test_images_that_are_none(client, hostile):
-    for data in hostile.values():
+def test_images_that_are_none(client):
+    for data in hostile_files().values():
         found = client.post("/predict", content=data)
         assert found.status_code == 400
         assert found.json()["error"].startswith("The image: ")
@@ -115,7 +116,7 @@ def test_limits(predictor):
         assert client.post("/predict", content=png()).status_code == 200
         found = client.post("/predict", content=png() + b"0")
         assert found.status_code == 413
-        assert f"{size + 1} bytes, {size} are allowed" in found.json()["error"]
+        assert f"{size + 1} bytes; {size} are allowed" in found.json()["error"]
         chunks = iter([png(), b"0"])  # without a Content-Length
         assert client.post("/predict", content=chunks).status_code == 413
     with TestClient(Server(predictor, max_pixels=63).app()) as client:
@@ -189,7 +190,7 @@ def test_metrics(client, predictor):
     assert 0 < found['teamnet_latency_seconds_sum{depth="d4"}'] < 60
     assert found["teamnet_batch_size_count"] == 3
     assert found["teamnet_waiting"] == 0
-    assert found["teamnet_load"] == pytest.approx(predictor.controller.load)
+    assert found["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
 
 
 @pytest.mark.fault("the thread that runs the net has died", "`/health` answers 503")
@@ -197,7 +198,7 @@ def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
     async def run(_):
         raise RuntimeError
 
-    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.run", run)
+    monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.run", run)
     with TestClient(Server(predictor).app()) as client:
         found = client.get("/health")
     assert (found.status_code, found.json()["status"]) == (503, "failed")
@@ -213,7 +214,7 @@ def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypat
     found = client.post("/predict", content=png())
     assert (found.status_code, found.json()) == (
         500,
-        {"error": "The server failed; its log says how."},
+        {"error": "The server failed; its log has the details."},
     )
     monkeypatch.undo()
     assert client.post("/predict", content=png()).status_code == 200
@@ -225,7 +226,7 @@ def test_overload_is_said(client, monkeypatch):
     def refuse(*_):
         raise OverloadedError("too much")
 
-    monkeypatch.setattr("teamnet_pl.deploy.batcher.Batcher.admit", refuse)
+    monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.admit", refuse)
     found = client.post("/predict", content=b"no image")  # it is not even looked at
     assert (found.status_code, found.json()) == (503, {"error": "too much"})
     assert found.headers["Retry-After"] == "1"
@@ -254,13 +255,13 @@ def answer_to(app, receive):
 
 @pytest.mark.fault("a request's body does not come", "408 after ten seconds")
 def test_a_body_that_does_not_come(predictor, monkeypatch):
-    monkeypatch.setattr(module, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
 
     async def receive():
         await asyncio.sleep(60)
 
     status, error = answer_to(Server(predictor).app(), receive)
-    assert (status, error) == (408, "The body did not come in 0.05 s.")
+    assert (status, error) == (408, "The body did not arrive within 0.05 s.")
 
 
 @pytest.mark.fault("a request's body ends too early", "400")
@@ -271,7 +272,7 @@ def test_a_body_that_ends_too_early(predictor):
         return next(messages, {"type": "http.disconnect"})
 
     status, error = answer_to(Server(predictor).app(), receive)
-    assert (status, error) == (400, "The body ends too early.")
+    assert (status, error) == (400, "The body ended too early.")
 
 
 @pytest.mark.parametrize(
@@ -302,16 +303,16 @@ def serving(predictor, monkeypatch):
             servers.append(self)
 
     monkeypatch.setattr(uvicorn, "Server", Recorded)
-    taken = module.listen("127.0.0.1", 0)
-    address = taken.getsockname()
+    listener = module.listen("127.0.0.1", 0)
+    address = listener.getsockname()
     app = Server(predictor, budget_ms=60_000).app()
-    thread = threading.Thread(target=module.run, args=(app, taken))
+    thread = threading.Thread(target=module.run, args=(app, listener))
     thread.start()
     with contextlib.ExitStack() as connections:
         yield lambda: connections.enter_context(socket.create_connection(address, timeout=30))
     servers[0].should_exit = True
     thread.join(30)
-    taken.close()
+    listener.close()
     assert not thread.is_alive()
 
 
@@ -328,7 +329,7 @@ UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
 @pytest.mark.fault("a request's headers do not come", "its connection is closed after ten seconds")
 @pytest.mark.parametrize("before", [b"", HEALTH])
 def test_headers_that_do_not_come(serving, monkeypatch, before):
-    monkeypatch.setattr(module, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.5)
     connection = serving()
     if before:
         connection.sendall(before)
@@ -346,12 +347,12 @@ def test_headers_that_do_not_come(serving, monkeypatch, before):
 
 
 def test_a_connection_that_says_nothing_is_closed(serving, monkeypatch):
-    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
     assert status(serving()) is None
 
 
 def test_the_time_for_headers_is_not_that_of_the_answer(serving, monkeypatch):
-    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
     connection = serving()
     data = png()
     head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -411,10 +412,10 @@ def process(checkpoint, tmp_path_factory):
 
 @pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
 @pytest.mark.slow
-def test_a_process_lives_through_what_it_gets(process, hostile, team):
+def test_a_process_lives_through_what_it_gets(process, team):
     port, own, log = process
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        for data in hostile.values():
+        for data in hostile_files().values():
             assert client.post("/predict", content=data).status_code == 400
         assert client.post("/predict", content=bytes(2**25)).status_code == 413
         endless = (bytes(2**16) for _ in range(2**8))  # without a Content-Length

@@ -6,21 +6,31 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from teamnet_pl.deploy import save_onnx, save_onnx_all_depths
+from tests.helpers.deploy import (
+    cifar,
+    convnext,
+    logits_at,
+    make_elastic,
+    make_images,
+    onnx_session,
+    run_onnx,
+    vit,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 NETS = {
-    "weights_per_depth": ("cifar", (4, 8), {"per_depth_affine": True}),
-    "layer_norm": ("convnext", ([1, 1, 1, 1],), {}),
-    "attention": ("vit", (2,), {}),
+    "weights_per_depth": (cifar, (4, 8), {"per_depth_affine": True}),
+    "layer_norm": (convnext, ([1, 1, 1, 1],), {}),
+    "attention": (vit, (2,), {}),
 }
 
 
 @pytest.fixture(scope="module", params=NETS)
-def net(nets, request):
+def net(request):
     build, arguments, options = NETS[request.param]
-    return nets.elastic(getattr(nets, build)(*arguments), 2, **options)
+    return make_elastic(build(*arguments), 2, **options)
 
 
 def close(found, expected):
@@ -37,20 +47,20 @@ def files(net, tmp_path_factory):
     return folder
 
 
-def test_a_file_for_each_depth_and_one_for_all(nets, net, files):
-    one = nets.onnx_session(files / "all.onnx")
+def test_a_file_for_each_depth_and_one_for_all(net, files):
+    one = onnx_session(files / "all.onnx")
     for depth in net.depths:
-        own = nets.onnx_session(files / f"{depth}.onnx")
-        for batch in (nets.images(1), nets.images(4)):
-            expected = nets.logits_at(net, depth, batch)
-            close(nets.run_onnx(own, batch), expected)
-            close(nets.run_onnx(one, batch, depth=depth.blocks), expected)
+        own = onnx_session(files / f"{depth}.onnx")
+        for batch in (make_images(1), make_images(4)):
+            expected = logits_at(net, depth, batch)
+            close(run_onnx(own, batch), expected)
+            close(run_onnx(one, batch, depth=depth.blocks), expected)
 
 
 @pytest.fixture(scope="module")
-def shared(nets, tmp_path_factory):
+def shared(tmp_path_factory):
     """A net and its one file."""
-    net = nets.elastic(nets.cifar(16, 14), [4, 3, 1])
+    net = make_elastic(cifar(16, 14), [4, 3, 1])
     path = tmp_path_factory.mktemp("shared") / "all.onnx"
     save_onnx_all_depths(net, path)
     return net, path
@@ -63,14 +73,14 @@ def shared(nets, tmp_path_factory):
 @example(limit=2, count=1, seed=0)
 @example(limit=1, count=1, seed=0)
 @example(limit=0, count=1, seed=0)
-def test_the_deepest_depth_within_the_limit_runs(nets, shared, limit, count, seed):
+def test_the_deepest_depth_within_the_limit_runs(shared, limit, count, seed):
     net, path = shared
     fits = [depth for depth in net.depths if depth.blocks <= limit] or [net.depths[-1]]
-    batch = nets.images(count, seed)
-    close(nets.run_onnx(path, batch, depth=limit), nets.logits_at(net, fits[0], batch))
+    batch = make_images(count, seed)
+    close(run_onnx(path, batch, depth=limit), logits_at(net, fits[0], batch))
 
 
-def test_weights_are_in_the_file_once(nets, shared, tmp_path):
+def test_weights_are_in_the_file_once(shared, tmp_path):
     net, path = shared
     arrays = [
         onnx.numpy_helper.to_array(weight)
@@ -94,33 +104,33 @@ def graphs(graph):
                 yield from graphs(attribute.g)
 
 
-def optimised(nets, path):
+def optimized(path):
     """What onnxruntime makes of the graphs of a file, innermost last."""
     options = {
-        "optimized_model_filepath": str(path.with_suffix(".optimised")),
+        "optimized_model_filepath": str(path.with_suffix(".optimized")),
         "log_severity_level": 3,
     }
-    nets.onnx_session(path, **options)
+    onnx_session(path, **options)
     found = graphs(onnx.load(options["optimized_model_filepath"]).graph)
     return [Counter(node.op_type for node in graph.node) for graph in found]
 
 
-def test_onnxruntime_optimises_a_depth_as_in_a_file_of_its_own(nets, net, files):
+def test_onnxruntime_optimizes_a_depth_as_in_a_file_of_its_own(net, files):
     """So that it is as fast."""
-    choice, *branches = optimised(nets, files / "all.onnx")
+    choice, *branches = optimized(files / "all.onnx")
     assert choice == {"Less": 1, "If": 1}
-    own = [optimised(nets, files / f"{depth}.onnx") for depth in net.depths]
+    own = [optimized(files / f"{depth}.onnx") for depth in net.depths]
     assert len(branches) == len(own)
     assert all(graph in branches for (graph,) in own)
 
 
-def test_some_of_the_depths(nets, shared, tmp_path):
+def test_some_of_the_depths(shared, tmp_path):
     net, _ = shared
     save_onnx_all_depths(net, tmp_path / "some.onnx", ["d3", 1])
-    batch = nets.images()
+    batch = make_images()
     for limit, runs in ((4, 3), (3, 3), (2, 1), (0, 1)):
-        found = nets.run_onnx(tmp_path / "some.onnx", batch, depth=limit)
-        close(found, nets.logits_at(net, runs, batch))
+        found = run_onnx(tmp_path / "some.onnx", batch, depth=limit)
+        close(found, logits_at(net, runs, batch))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from teamnet_pl.deploy import onnx_accuracy, save_onnx, save_onnx_int8
+from tests.helpers.deploy import cifar, convnext, logits_at, make_elastic, make_images, run_onnx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -9,25 +10,23 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture(scope="module", params=["cifar", "convnext"])
-def files(nets, request, tmp_path_factory):
+def files(request, tmp_path_factory):
     """A net, its file and the 8-bit one."""
-    build, arguments = {"cifar": (nets.cifar, 8), "convnext": (nets.convnext, [1, 1, 1, 1])}[
-        request.param
-    ]
-    net = nets.elastic(build(arguments), 2)
+    build, arguments = {"cifar": (cifar, 8), "convnext": (convnext, [1, 1, 1, 1])}[request.param]
+    net = make_elastic(build(arguments), 2)
     folder = tmp_path_factory.mktemp("int8")
     save_onnx(net, net.depths[1], folder / "float.onnx")
-    images = [nets.images(16, seed) for seed in range(2)]
+    images = [make_images(16, seed) for seed in range(2)]
     save_onnx_int8(folder / "float.onnx", folder / "int8.onnx", images)
     return net, folder / "float.onnx", folder / "int8.onnx"
 
 
-def test_close_to_what_it_comes_from(nets, files):
+def test_close_to_what_it_comes_from(files):
     net, _, int8 = files
     for count in (1, 5):
-        batch = nets.images(count, seed=7)
-        expected = nets.logits_at(net, net.depths[1], batch)
-        found = nets.run_onnx(int8, batch)
+        batch = make_images(count, seed=7)
+        expected = logits_at(net, net.depths[1], batch)
+        found = run_onnx(int8, batch)
         assert not torch.equal(found, expected)
         torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
 
@@ -41,25 +40,25 @@ def test_weights_have_8_bits_and_a_scale_for_each_channel(files):
     ]
     graph = onnx.load(after).graph
     weights = {weight.name: weight for weight in graph.initializer}
-    quantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
-    quantised = [node for node in quantised if node.input[0] in weights]
-    quantised = [node for node in quantised if len(weights[node.input[0]].dims) == 4]
-    assert len(quantised) == len(convolutions) > 0
-    for node in quantised:
+    quantized = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    quantized = [node for node in quantized if node.input[0] in weights]
+    quantized = [node for node in quantized if len(weights[node.input[0]].dims) == 4]
+    assert len(quantized) == len(convolutions) > 0
+    for node in quantized:
         weight, scale = (weights[name] for name in node.input[:2])
         assert weight.data_type == onnx.TensorProto.INT8
         assert list(scale.dims) == [weight.dims[0]]
 
 
-def test_accuracy_is_the_share_of_right_predictions(nets, files):
+def test_accuracy_is_the_share_of_right_predictions(files):
     net, before, _ = files
-    batches = [nets.images(6, seed) for seed in range(2)]
-    predicted = [nets.logits_at(net, net.depths[1], batch).argmax(-1) for batch in batches]
+    batches = [make_images(6, seed) for seed in range(2)]
+    predicted = [logits_at(net, net.depths[1], batch).argmax(-1) for batch in batches]
     wrong = [(labels + 1) % 5 for labels in predicted]
     labels = [predicted[0], torch.cat([predicted[1][:2], wrong[1][2:]])]
     assert onnx_accuracy(before, zip(batches, labels, strict=True)) == pytest.approx(8 / 12)
 
 
 def test_without_images(files, tmp_path):
-    with pytest.raises(ValueError, match="takes some images, found none"):
+    with pytest.raises(ValueError, match="takes at least one image, found none"):
         save_onnx_int8(files[1], tmp_path / "int8.onnx", [])

@@ -1,4 +1,3 @@
-import io
 import warnings
 
 import numpy as np
@@ -8,7 +7,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from teamnet_pl.data.images import FORMATS
-from teamnet_pl.deploy.images import Preprocessing
+from teamnet_pl.deploy.runtime.preprocessing import Preprocessing
+from tests.helpers.deploy import encoded, hostile_files
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
 
@@ -26,12 +26,6 @@ def rgb():
 
 def by_hand(pixels):
     return (pixels / 255 - np.array(MEAN)) / np.array(STD)
-
-
-def encoded(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def test_every_way_to_pass_images(rgb, pixels, tmp_path):
@@ -177,26 +171,22 @@ def test_formats_whose_readers_run_other_programs_or_are_rare(format, pixels):
         preprocessing((4, 6))(encoded(Image.fromarray(pixels[0]), format))
 
 
-NAMES = ["nothing", "text", "zeros", "program", "svg", "header", "truncated png"]
-NAMES += ["truncated jpeg", "damaged png", "bomb", "large"]
-
-
 @pytest.mark.fault("a damaged or hostile image file is to be predicted", "an error that names it")
-@pytest.mark.parametrize("name", NAMES)
-def test_hostile_files(hostile, name, tmp_path):
+@pytest.mark.parametrize("name", hostile_files())
+def test_hostile_files(name, tmp_path):
     read = preprocessing((8, 8))
     with pytest.raises(ValueError, match=r"^The image: "):
-        read(hostile[name])
+        read(hostile_files()[name])
     path = tmp_path / "file"
-    path.write_bytes(hostile[name])
+    path.write_bytes(hostile_files()[name])
     with pytest.raises(ValueError, match=r"/file: "):
         read(path)
 
 
-def test_large_is_said_before_it_is_decoded(hostile):
+def test_large_is_said_before_it_is_decoded():
     read = preprocessing((8, 8))
     with pytest.raises(ValueError, match="4097x4097 pixels, 16,777,216 are allowed"):
-        read(hostile["large"])
+        read(hostile_files()["large"])
     with pytest.raises(ValueError, match="8x8 pixels, 63 are allowed"):
         read(encoded(Image.new("L", (8, 8))), max_pixels=63)
     assert read(encoded(Image.new("L", (8, 8))), max_pixels=64).shape == (1, 1, 8, 8)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teamnet_pl.deploy.controller import DepthController
+from teamnet_pl.deploy.runtime.controller import WINDOW, DepthController, OverheadEstimator
 
 PROFILED = {"d7": 10.0, "d5": 8.0, "d2": 5.0, "d0": 3.0}
 DEPTHS = list(PROFILED)
@@ -35,7 +35,7 @@ class Machine:
         self.random = random.Random(seed)
         self.controller = DepthController(DEPTHS, expected_ms, clock=lambda: self.now, **options)
 
-    def takes(self, depth, load):
+    def latency_ms(self, depth, load):
         slower = (load - 1) * (PROFILED[depth] / PROFILED["d7"]) ** self.bias
         return PROFILED[depth] * (1 + slower)
 
@@ -43,10 +43,10 @@ class Machine:
         """Runs one; returns its depth and whether it was in time."""
         depth = self.controller.choose(self.budget_ms)
         jitter = 1 + self.random.uniform(-self.noise, self.noise)
-        taken = self.takes(depth, load) * jitter * times
-        self.controller.observe(depth, 1, taken)
+        latency_ms = self.latency_ms(depth, load) * jitter * times
+        self.controller.observe(depth, 1, latency_ms)
         self.now += PERIOD
-        return depth, taken <= self.budget_ms
+        return depth, latency_ms <= self.budget_ms
 
     def run(self, load, seconds):
         return [self.request(load) for _ in range(round(seconds / PERIOD))]
@@ -54,7 +54,7 @@ class Machine:
     def deepest(self, load, headroom=0.1):
         """The depth that someone who knows the load would choose."""
         allowed = self.budget_ms * (1 - headroom)
-        return next((d for d in DEPTHS if self.takes(d, load) <= allowed), DEPTHS[-1])
+        return next((d for d in DEPTHS if self.latency_ms(d, load) <= allowed), DEPTHS[-1])
 
 
 def depths(done):
@@ -90,19 +90,19 @@ def test_batches_are_slower():
 
 def test_a_typical_run_takes_less_than_what_is_planned_for():
     machine = Machine(13)
-    assert machine.controller.typical == 1
+    assert machine.controller.typical_share == 1
     machine.run(1, 5)
-    assert machine.controller.typical == pytest.approx(1)
+    assert machine.controller.typical_share == pytest.approx(1)
     machine.run(2.5, 0.1)
-    assert machine.controller.load == pytest.approx(2.5)
-    assert machine.controller.typical == pytest.approx(1 / 2.5)
+    assert machine.controller.slowdown == pytest.approx(2.5)
+    assert machine.controller.typical_share == pytest.approx(1 / 2.5)
     machine.run(2.5, 1)
-    assert machine.controller.typical == pytest.approx(1)
+    assert machine.controller.typical_share == pytest.approx(1)
 
 
 def test_shallowest_while_nothing_is_known():
     machine = Machine(1000)
-    assert machine.controller.load == math.inf
+    assert machine.controller.slowdown == math.inf
     assert machine.controller.choose(1e9) == "d0"
 
 
@@ -146,7 +146,7 @@ def test_the_load_is_lowered_to_the_measured_one_and_no_further():
     loads = []
     for _ in range(400):
         machine.request(1.5)
-        loads.append(machine.controller.load)
+        loads.append(machine.controller.slowdown)
     assert min(loads) == pytest.approx(1.5)
     assert loads[-1] == pytest.approx(1.5)
 
@@ -155,9 +155,9 @@ def test_a_slightly_lower_load_changes_nothing():
     machine = Machine(60)
     machine.run(1, 5)
     machine.run(0.92, 20)
-    assert machine.controller.load == pytest.approx(1)
+    assert machine.controller.slowdown == pytest.approx(1)
     machine.run(0.88, 20)
-    assert machine.controller.load == pytest.approx(0.88)
+    assert machine.controller.slowdown == pytest.approx(0.88)
 
 
 def test_a_lull_shorter_than_the_wait_changes_nothing():
@@ -165,7 +165,7 @@ def test_a_lull_shorter_than_the_wait_changes_nothing():
     for _ in range(20):
         machine.run(2, 0.1)
         machine.run(1, 1.2)  # 19 of its 24 until the window forgets, so a quarter of a second
-        assert machine.controller.load == pytest.approx(2)
+        assert machine.controller.slowdown == pytest.approx(2)
 
 
 def probes(machine, load, seconds):
@@ -256,9 +256,9 @@ def test_steady_state_is_what_one_would_choose_who_knows_the_load(pattern, budge
     machine = Machine(budget)
     for load in pattern:
         machine.run(load, 60)
-        found = machine.controller.choose(budget)
-        assert PROFILED[found] <= PROFILED[machine.deepest(load, headroom=0)]
-        assert PROFILED[found] >= PROFILED[machine.deepest(load, headroom=0.2)]
+        chosen = machine.controller.choose(budget)
+        assert PROFILED[chosen] <= PROFILED[machine.deepest(load, headroom=0)]
+        assert PROFILED[chosen] >= PROFILED[machine.deepest(load, headroom=0.2)]
 
 
 def test_each_budget_gets_its_own_depth():
@@ -284,3 +284,32 @@ def test_options_out_of_range(options, message):
 def test_no_depths():
     with pytest.raises(ValueError, match="at least one depth"):
         DepthController([], expected_ms)
+
+
+def test_each_call_s_wait_is_overhead_and_more_is_delay():
+    """Reading takes 2 ms of work, and 30 ms of waiting for a disk."""
+    overhead = OverheadEstimator()
+    assert overhead.split(elapsed_ms=32, cpu_ms=2) == (32, 0)
+    assert overhead.split(elapsed_ms=40, cpu_ms=2) == (32, 8)  # another process had the core
+    assert overhead.split(elapsed_ms=33, cpu_ms=3) == (33, 0)  # more work
+    assert overhead.split(elapsed_ms=12, cpu_ms=2) == (12, 0)  # a faster disk
+    assert overhead.split(elapsed_ms=32, cpu_ms=2) == (12, 20)
+
+
+def test_a_wait_that_stays_becomes_overhead():
+    overhead = OverheadEstimator()
+    overhead.split(elapsed_ms=1, cpu_ms=1)
+    calls = [overhead.split(elapsed_ms=11, cpu_ms=1) for _ in range(WINDOW)]
+    assert calls == [(1, 10)] * (WINDOW - 1) + [(11, 0)]
+
+
+times_ms = st.floats(0, 1e4)
+
+
+@given(st.lists(st.tuples(times_ms, times_ms), min_size=1, max_size=60))
+def test_overhead_and_delay_are_the_whole_time(calls):
+    overhead = OverheadEstimator()
+    for cpu_ms, wait_ms in calls:
+        overhead_ms, delay_ms = overhead.split(cpu_ms + wait_ms, cpu_ms)
+        assert overhead_ms + delay_ms == pytest.approx(cpu_ms + wait_ms)
+        assert delay_ms >= 0

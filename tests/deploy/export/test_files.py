@@ -12,6 +12,7 @@ from teamnet_pl.data import Digits
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate, export_files, onnx_accuracy
 from teamnet_pl.elastic import depth_costs
+from tests.helpers.deploy import logits_at, run_onnx, train
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -21,10 +22,10 @@ CLASSES = [f"digit {digit}" for digit in range(10)]
 
 
 @pytest.fixture(scope="module")
-def teammate(nets):
+def teammate():
     config = TeammateConfig(options={"width": 4}, depths=[[3, 2, 2], [2, 1, 1]])
     net = Teammate(10, (1, 8, 8), config, PREPROCESSING, CLASSES, {"d7": 0.75}, "val")
-    nets.train(net)
+    train(net)
     return net
 
 
@@ -37,7 +38,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_files_and_manifest(nets, teammate, images, tmp_path):
+def test_files_and_manifest(teammate, images, tmp_path):
     formats = ["onnx_all_depths", "safetensors", "torch_export", "onnx", "hub"]
     manifest = export_files(teammate, tmp_path / "new/folder", formats)
     folder = tmp_path / "new/folder"
@@ -63,16 +64,16 @@ def test_files_and_manifest(nets, teammate, images, tmp_path):
         assert depth["accuracy"] == accuracy
         for entry in depth["files"].values():
             assert (folder / entry["path"]).stat().st_size == entry["bytes"]
-        files = {each: folder / entry["path"] for each, entry in depth["files"].items()}
-        logits = nets.logits_at(teammate, name, images)
+        files = {kind: folder / entry["path"] for kind, entry in depth["files"].items()}
+        logits = logits_at(teammate, name, images)
 
         plain = CifarResNet(layers, num_classes=10, in_channels=1, width=4).eval()
         load_model(plain, files["safetensors"], strict=True)
         with torch.no_grad():
             close(plain(images), logits)
         close(torch.export.load(files["torch_export"]).module()(images), logits)
-        close(nets.run_onnx(files["onnx"], images), logits)
-        close(nets.run_onnx(folder / "all_depths.onnx", images, depth=depth["blocks"]), logits)
+        close(run_onnx(files["onnx"], images), logits)
+        close(run_onnx(folder / "all_depths.onnx", images, depth=depth["num_blocks"]), logits)
     with torch.no_grad():
         hub = Teammate.from_pretrained(folder / "hub")
         assert torch.equal(hub.packed(images), teammate.packed(images))
@@ -92,7 +93,7 @@ def test_8_bits(teammate, tmp_path):
     assert entry["path"] == "d4.int8.onnx"
     data.setup("test")
     for name, file in {"test_accuracy": "d4.int8.onnx", "test_accuracy_before": "d4.onnx"}.items():
-        batches = [(data.normalize(own), labels) for own, labels in data.test_dataloader()]
+        batches = [(data.normalize(batch), labels) for batch, labels in data.test_dataloader()]
         assert entry[name] == onnx_accuracy(tmp_path / file, batches)
 
 
@@ -114,7 +115,7 @@ def test_ranges_are_found_by_so_many_validation_images(
         "save_onnx_int8": save,
         "onnx_accuracy": lambda path, batches: 0.5,
     }.items():
-        monkeypatch.setattr(f"teamnet_pl.deploy.files.{name}", stand_in)
+        monkeypatch.setattr(f"teamnet_pl.deploy.export.files.{name}", stand_in)
     export_files(teammate, tmp_path, ["onnx_int8"], [4], data, count)
     assert list(map(len, seen)) == expected
     data.setup("validate")
@@ -125,8 +126,8 @@ def test_ranges_are_found_by_so_many_validation_images(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([],), "No format is given: choose of safetensors, torch_export"),
-        ((["onxx"],), "There is no format onxx: choose of safetensors"),
+        (([],), "No format is given: choose from safetensors, torch_export"),
+        ((["onxx"],), "There is no format onxx: choose from safetensors"),
         ((["onnx"], [5]), "has the depths d7, d4; 5 is none of them"),
         ((["safetensors", "onnx_all_depths"], [4]), "at least two of them, found 1"),
         ((["onnx_int8"],), "does not say what it was trained on"),
@@ -146,7 +147,7 @@ def test_what_the_user_got_wrong_is_said_before_a_file_is_written(
     "an error that names the extra, before a file is written",
 )
 @pytest.mark.parametrize(
-    ("each", "library", "extra"),
+    ("kind", "library", "extra"),
     [
         ("onnx", "onnxscript", "onnx"),
         ("onnx_all_depths", "onnxscript", "onnx"),
@@ -154,8 +155,8 @@ def test_what_the_user_got_wrong_is_said_before_a_file_is_written(
         ("executorch", "executorch", "executorch"),
     ],
 )
-def test_library_that_is_not_installed(teammate, tmp_path, monkeypatch, each, library, extra):
+def test_library_that_is_not_installed(teammate, tmp_path, monkeypatch, kind, library, extra):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ModuleNotFoundError, match=rf"{library}.*pip install .*\[{extra}\]"):
-        export_files(teammate, tmp_path, ["safetensors", each], data=Digits())
+        export_files(teammate, tmp_path, ["safetensors", kind], data=Digits())
     assert list(tmp_path.iterdir()) == []
