@@ -10,8 +10,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.deploy.checkpoint import SavedTeam
+from teamnet_pl.trust import Trust
 
 NAMES = [str(number) for number in range(12)]  # sorted as texts: folder 10 is label 2
 BRIGHTNESS = dict(zip(NAMES, np.linspace(10, 110, 12), strict=True))  # far from ImageNet's
@@ -170,3 +172,83 @@ def test_data_with_other_statistics_is_said(cli, fitted, tmp_path):
     options = ["--data.root", fitted / "moved", "--data.statistics", "imagenet"]
     with pytest.warns(UserWarning, match=r"predicts, with mean .*; this data has mean \[0\.485"):
         cli(tmp_path, "test", "--ckpt_path", fitted / CHECKPOINT, *options, tiny=False)
+
+
+# Any number of Teammates
+
+
+@pytest.fixture(scope="module")
+def with_extra(checkpoint, tmp_path_factory):
+    """Saves a checkpoint with further Teammates, each with the weights of Teammate b."""
+
+    def save(**extra):
+        content = torch.load(checkpoint, weights_only=True)
+        values, weights = content["hyper_parameters"], content["state_dict"]
+        values["extra_teammates"] = {name: values["b"] | changes for name, changes in extra.items()}
+        of_b = {k: v for k, v in weights.items() if k.startswith("teammates.b.")}
+        for name in extra:
+            weights |= {k.replace(".b.", f".{name}.", 1): v for k, v in of_b.items()}
+        path = tmp_path_factory.mktemp("extra") / "team.ckpt"
+        torch.save(content, path)
+        return path
+
+    return save
+
+
+def test_teammates_by_name(checkpoint, with_extra):
+    values = SavedTeam.read(checkpoint).hyper_parameters
+    assert SavedTeam.read(checkpoint).teammates == {"a": values["a"], "b": values["b"]}
+    assert list(SavedTeam.read(with_extra(c={}, small={})).teammates) == ["a", "b", "c", "small"]
+
+
+def test_a_third_teammate(cli, checkpoint, with_extra, tmp_path):
+    path = with_extra(c={"depths": [7, 1]})
+    teammate, b = Teammate.from_checkpoint(path, "c"), Teammate.from_checkpoint(checkpoint, "b")
+    assert [depth.name for depth in teammate.depths] == ["d7", "d1"]
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), teammate.at("d7"), b.at("d7"):
+        assert torch.equal(teammate(images), b(images))
+    words = ["--ckpt_path", path, "--teammate", "c"]
+    cli(tmp_path, "profile", *words, "--runs", 1, tiny=False)
+    assert (path.parent / "profile_c_cpu.json").is_file()
+    cli(tmp_path, "export", *words, "--out", "out", "--formats", "[safetensors]", tiny=False)
+    assert (tmp_path / "out/d1.safetensors").is_file()
+
+
+def test_a_teammate_that_there_is_not(with_extra):
+    with pytest.raises(ValueError, match="has the Teammates a, b, c; found d"):
+        Teammate.from_checkpoint(with_extra(c={}), "d")
+
+
+def test_values_of_a_third_teammate_are_not_trusted(with_extra):
+    path = with_extra(c={"name": "subprocess.getoutput"})
+    with pytest.raises(ValueError, match=r"import path.*model\.extra_teammates\.c\.name"):
+        Teammate.from_checkpoint(path, "c")
+
+
+def test_further_teammates_that_are_not_a_mapping(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["extra_teammates"] = ["c"]
+    torch.save(content, tmp_path / "team.ckpt")
+    with pytest.raises(ValueError, match=r"extra_teammates must be a mapping, found \['c'\]"):
+        Teammate.from_checkpoint(tmp_path / "team.ckpt")
+
+
+def test_a_checkpoint_is_read_once_with_one_trust(checkpoint, monkeypatch):
+    made, read = [], []
+
+    def load(path, *args):
+        read.append(path)
+        return load_checkpoint(path, *args)
+
+    class CountedTrust(Trust):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    for module in ("checkpoint", "teammate", "runtime.preprocessing"):
+        monkeypatch.setattr(f"teamnet_pl.deploy.{module}.Trust", CountedTrust)
+    monkeypatch.setattr("teamnet_pl.deploy.checkpoint.load_checkpoint", load)
+    Predictor.from_checkpoint(checkpoint)
+    assert read == [checkpoint]
+    assert len(made) == 1

@@ -75,7 +75,7 @@ def draw_profile(profile: Profile) -> Figure:
         axes.set_title(f"batch of {size}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"top-1 accuracy on the {profile.split} split, %")
-    panels[-1].legend()
+    panels[-1].legend(loc="lower right")  # the default, "best", searches and may warn
     return figure
 
 
