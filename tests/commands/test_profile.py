@@ -16,8 +16,8 @@ def test_command(checkpoint, capsys):
     assert profile.depths == ["d7", "d5", "d2"]
     assert [(row.batch_size, row.depth) for row in profile.rows[2:4]] == [(1, "d2"), (2, "d7")]
     evaluated = json.loads((checkpoint.parent / "per_depth.json").read_text())
-    accuracies = {own["depth"]: own["accuracy"] for own in evaluated if own["net"] == "b"}
-    assert {own.depth: own.accuracy for own in profile.rows} == accuracies
+    accuracies = {row["depth"]: row["accuracy"] for row in evaluated if row["net"] == "b"}
+    assert {row.depth: row.accuracy for row in profile.rows} == accuracies
     assert profile.split == "test"
     assert (checkpoint.parent / "profile_b_cpu.png").stat().st_size > 10_000
 

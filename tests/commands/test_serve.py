@@ -31,8 +31,8 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
     assert started["address"] == ("127.0.0.1", port)
     assert options["batch_sizes"] == (1, 5)
     with TestClient(started["app"]) as client:
-        found = client.get("/health").json()
-        assert (list(found["depths"]), found["budget_ms"]) == (["d4", "d0"], 250)
+        health = client.get("/health").json()
+        assert (list(health["depths"]), health["budget_ms"]) == (["d4", "d0"], 250)
         assert "3 are allowed" in client.post("/predict", content=b"four").json()["error"]
 
 
@@ -61,8 +61,8 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
 )
 def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
     """Found before the checkpoint is read, which is not there."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1] if port is None else port
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1] if port is None else port
         with pytest.raises(SystemExit) as ending:
             main(["serve", "--ckpt_path", str(tmp_path), "--host", host, "--port", str(port)])
     assert ending.value.code == 2

@@ -33,10 +33,10 @@ def teammate():
     return net
 
 
-def assert_same(found, expected):
-    assert isinstance(found, Teammate)
-    assert not found.training
-    assert found.depths == expected.depths
+def assert_same(actual, expected):
+    assert isinstance(actual, Teammate)
+    assert not actual.training
+    assert actual.depths == expected.depths
     names = [
         "num_classes",
         "input_shape",
@@ -47,13 +47,13 @@ def assert_same(found, expected):
         "config",
     ]
     for name in names:
-        assert getattr(found, name) == getattr(expected, name), name
-    state = found.state_dict()
+        assert getattr(actual, name) == getattr(expected, name), name
+    state = actual.state_dict()
     assert state.keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
         assert torch.equal(state[name], value), name
     with torch.no_grad():
-        assert torch.equal(found.packed(IMAGES), expected.eval().packed(IMAGES))
+        assert torch.equal(actual.packed(IMAGES), expected.eval().packed(IMAGES))
 
 
 def test_folder(teammate, tmp_path):
@@ -61,9 +61,9 @@ def test_folder(teammate, tmp_path):
     assert {path.name for path in (tmp_path / "net").iterdir()} == {
         "README.md", "config.json", "model.safetensors"
     }  # fmt: skip
-    found = Teammate.from_pretrained(tmp_path / "net")
-    assert_same(found, teammate)
-    found.save_pretrained(tmp_path / "again")
+    loaded = Teammate.from_pretrained(tmp_path / "net")
+    assert_same(loaded, teammate)
+    loaded.save_pretrained(tmp_path / "again")
     again = (tmp_path / "again" / "config.json").read_text()
     assert again == (tmp_path / "net" / "config.json").read_text()
 
@@ -111,10 +111,10 @@ def test_example_of_the_model_card_runs(teammate, tmp_path):
     teammate.save_pretrained(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text
     code = text.partition("```python\n")[2].partition("```")[0]
-    found = {"images": IMAGES}
-    exec(code.replace('"..."', repr(str(tmp_path))), found)
+    namespace = {"images": IMAGES}
+    exec(code.replace('"..."', repr(str(tmp_path))), namespace)
     with torch.no_grad():
-        torch.testing.assert_close(found["small"](IMAGES), found["logits"])
+        torch.testing.assert_close(namespace["small"](IMAGES), namespace["logits"])
 
 
 def test_card_of_a_net_of_which_less_is_known(tmp_path):
@@ -239,20 +239,20 @@ def checkpoint(cli, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_from_checkpoint(checkpoint, name):
-    found = Teammate.from_checkpoint(checkpoint, name)
+    teammate = Teammate.from_checkpoint(checkpoint, name)
     net = Team.load_from_checkpoint(checkpoint).eval().elastic_nets[name]
-    assert found.depths == net.depths
+    assert teammate.depths == net.depths
     with torch.no_grad():
-        assert torch.equal(found.packed(IMAGES), net.packed(IMAGES))
-    assert (found.num_classes, found.input_shape) == (10, (1, 8, 8))
-    assert found.preprocessing == PreprocessingConfig([1, 8, 8], [0.3053], [0.3760])
-    assert found.classes == [str(digit) for digit in range(10)]
-    assert found.split == "val"
+        assert torch.equal(teammate.packed(IMAGES), net.packed(IMAGES))
+    assert (teammate.num_classes, teammate.input_shape) == (10, (1, 8, 8))
+    assert teammate.preprocessing == PreprocessingConfig([1, 8, 8], [0.3053], [0.3760])
+    assert teammate.classes == [str(digit) for digit in range(10)]
+    assert teammate.split == "val"
     rows = json.loads((checkpoint.parent / "per_depth.json").read_text())
     for row in rows:
         if row["net"] == name:
-            assert found.accuracy[row["depth"]] == row["accuracy"]
-    assert found.accuracy.keys() == {depth.name for depth in net.depths}
+            assert teammate.accuracy[row["depth"]] == row["accuracy"]
+    assert teammate.accuracy.keys() == {depth.name for depth in net.depths}
 
 
 @pytest.mark.fault(
@@ -275,9 +275,9 @@ def test_checkpoint_that_does_not_name_its_data(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.strategy.connect(team)
     trainer.save_checkpoint(tmp_path / "team.ckpt")
-    found = Teammate.from_checkpoint(tmp_path / "team.ckpt")
-    assert (found.preprocessing, found.classes) == (None, None)
-    assert (found.accuracy, found.split) == ({}, None)
+    teammate = Teammate.from_checkpoint(tmp_path / "team.ckpt")
+    assert (teammate.preprocessing, teammate.classes) == (None, None)
+    assert (teammate.accuracy, teammate.split) == ({}, None)
     with pytest.raises(ValueError, match="has the Teammates a; found b"):
         Teammate.from_checkpoint(tmp_path / "team.ckpt", "b")
 

@@ -23,8 +23,8 @@ from executorch.runtime import Runtime
 sys.modules["teamnet_pl"] = None
 for name, (image, logits) in torch.load("expected.pt").items():
     program = Runtime.get().load_program(f"{name}.pte")
-    (found,) = program.load_method("forward").execute([image])
-    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    (actual,) = program.load_method("forward").execute([image])
+    torch.testing.assert_close(actual, logits, rtol=1e-4, atol=1e-5)
 """
 
 

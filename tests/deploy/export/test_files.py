@@ -34,8 +34,8 @@ def images():
     return torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_files_and_manifest(teammate, images, tmp_path):

@@ -26,9 +26,9 @@ def test_close_to_what_it_comes_from(files):
     for count in (1, 5):
         batch = make_images(count, seed=7)
         expected = logits_at(net, net.depths[1], batch)
-        found = run_onnx(int8, batch)
-        assert not torch.equal(found, expected)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+        logits = run_onnx(int8, batch)
+        assert not torch.equal(logits, expected)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
 
 
 def test_weights_have_8_bits_and_a_scale_for_each_channel(files):

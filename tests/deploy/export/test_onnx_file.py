@@ -33,8 +33,8 @@ def net(request):
     return make_elastic(build(*arguments), 2, **options)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def files(net, tmp_path_factory):
 def test_a_file_for_each_depth_and_one_for_all(net, files):
     one = onnx_session(files / "all.onnx")
     for depth in net.depths:
-        own = onnx_session(files / f"{depth}.onnx")
+        session = onnx_session(files / f"{depth}.onnx")
         for batch in (make_images(1), make_images(4)):
             expected = logits_at(net, depth, batch)
-            close(run_onnx(own, batch), expected)
+            close(run_onnx(session, batch), expected)
             close(run_onnx(one, batch, depth=depth.blocks), expected)
 
 
@@ -111,17 +111,17 @@ def optimized(path):
         "log_severity_level": 3,
     }
     onnx_session(path, **options)
-    found = graphs(onnx.load(options["optimized_model_filepath"]).graph)
-    return [Counter(node.op_type for node in graph.node) for graph in found]
+    optimized_graphs = graphs(onnx.load(options["optimized_model_filepath"]).graph)
+    return [Counter(node.op_type for node in graph.node) for graph in optimized_graphs]
 
 
 def test_onnxruntime_optimizes_a_depth_as_in_a_file_of_its_own(net, files):
     """So that it is as fast."""
     choice, *branches = optimized(files / "all.onnx")
     assert choice == {"Less": 1, "If": 1}
-    own = [optimized(files / f"{depth}.onnx") for depth in net.depths]
-    assert len(branches) == len(own)
-    assert all(graph in branches for (graph,) in own)
+    separate = [optimized(files / f"{depth}.onnx") for depth in net.depths]
+    assert len(branches) == len(separate)
+    assert all(graph in branches for (graph,) in separate)
 
 
 def test_some_of_the_depths(shared, tmp_path):
@@ -129,8 +129,8 @@ def test_some_of_the_depths(shared, tmp_path):
     save_onnx_all_depths(net, tmp_path / "some.onnx", ["d3", 1])
     batch = make_images()
     for limit, runs in ((4, 3), (3, 3), (2, 1), (0, 1)):
-        found = run_onnx(tmp_path / "some.onnx", batch, depth=limit)
-        close(found, logits_at(net, runs, batch))
+        logits = run_onnx(tmp_path / "some.onnx", batch, depth=limit)
+        close(logits, logits_at(net, runs, batch))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_depths_that_do_not_make_a_file(shared, tmp_path, depths, message):
 
 def test_what_the_files_say(shared, tmp_path):
     net, path = shared
-    save_onnx(net, 1, tmp_path / "own.onnx")
-    for file in (path, tmp_path / "own.onnx"):
+    save_onnx(net, 1, tmp_path / "separate.onnx")
+    for file in (path, tmp_path / "separate.onnx"):
         model = onnx.load(file)
         onnx.checker.check_model(model, full_check=True)
         shapes = {

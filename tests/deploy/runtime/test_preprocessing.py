@@ -51,9 +51,9 @@ def test_every_way_to_pass_images(rgb, pixels, tmp_path):
     ]
     expected = torch.from_numpy(by_hand(pixels)).permute(0, 3, 1, 2).float()
     for images in ways:
-        found = rgb(images)
-        assert type(found) is torch.Tensor
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        batch = rgb(images)
+        assert type(batch) is torch.Tensor
+        torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
     for single in (pixels[0], channels_first[0], pictures[0], paths[0], str(paths[0])):
         torch.testing.assert_close(rgb(single), expected[:1], rtol=1e-5, atol=1e-5)
 

@@ -39,6 +39,6 @@ def test_no_file(tmp_path):
 
 
 def test_accuracies_of_an_evaluation(profile):
-    found = profile.with_accuracies({"d1": 0.9, "d0": 0.8}, "test")
-    assert found.split == "test"
-    assert [row.accuracy for row in found.rows] == [0.9, 0.8, 0.9, 0.8]
+    evaluated = profile.with_accuracies({"d1": 0.9, "d0": 0.8}, "test")
+    assert evaluated.split == "test"
+    assert [row.accuracy for row in evaluated.rows] == [0.9, 0.8, 0.9, 0.8]

@@ -58,13 +58,13 @@ def client(predictor):
 
 def test_each_depth_is_the_extracted_net(client, team):
     for depth in ("d7", "d4", "d0"):
-        found = client.post(f"/predict?depth={depth}", content=png()).json()
+        content = client.post(f"/predict?depth={depth}", content=png()).json()
         expected = probabilities(team, depth, png())
-        assert found["depth"] == depth
-        assert found["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        assert found["label"] == int(np.argmax(expected))
-        assert found["class"] == str(found["label"])
-        assert found["latency_ms"] > found["waited_ms"] >= 0
+        assert content["depth"] == depth
+        assert content["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert content["label"] == int(np.argmax(expected))
+        assert content["class"] == str(content["label"])
+        assert content["latency_ms"] > content["waited_ms"] >= 0
 
 
 def test_budgets(client, predictor):
@@ -89,9 +89,9 @@ def test_budgets(client, predictor):
     ],
 )
 def test_a_query_that_makes_no_sense(client, query, message):
-    found = client.post(f"/predict?{query}", content=png())
-    assert found.status_code == 400
-    assert message in found.json()["error"]
+    response = client.post(f"/predict?{query}", content=png())
+    assert response.status_code == 400
+    assert message in response.json()["error"]
 
 
 @pytest.mark.fault(
@@ -100,12 +100,12 @@ def test_a_query_that_makes_no_sense(client, query, message):
 )
 def test_images_that_are_none(client):
     for data in hostile_files().values():
-        found = client.post("/predict", content=data)
-        assert found.status_code == 400
-        assert found.json()["error"].startswith("The image: ")
-    found = client.post("/predict", content=png(size=9))
-    assert found.status_code == 400
-    assert "shape (1, 9, 9)" in found.json()["error"]
+        response = client.post("/predict", content=data)
+        assert response.status_code == 400
+        assert response.json()["error"].startswith("The image: ")
+    response = client.post("/predict", content=png(size=9))
+    assert response.status_code == 400
+    assert "shape (1, 9, 9)" in response.json()["error"]
     assert client.post("/predict", content=png()).status_code == 200
 
 
@@ -114,15 +114,15 @@ def test_limits(predictor):
     size = len(png())
     with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
         assert client.post("/predict", content=png()).status_code == 200
-        found = client.post("/predict", content=png() + b"0")
-        assert found.status_code == 413
-        assert f"{size + 1} bytes; {size} are allowed" in found.json()["error"]
+        response = client.post("/predict", content=png() + b"0")
+        assert response.status_code == 413
+        assert f"{size + 1} bytes; {size} are allowed" in response.json()["error"]
         chunks = iter([png(), b"0"])  # without a Content-Length
         assert client.post("/predict", content=chunks).status_code == 413
     with TestClient(Server(predictor, max_pixels=63).app()) as client:
-        found = client.post("/predict", content=png())
-        assert found.status_code == 400
-        assert "8x8 pixels, 63 are allowed" in found.json()["error"]
+        response = client.post("/predict", content=png())
+        assert response.status_code == 400
+        assert "8x8 pixels, 63 are allowed" in response.json()["error"]
 
 
 def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
@@ -162,9 +162,9 @@ def test_other_paths_and_methods(client):
 
 
 def test_health(client, predictor):
-    found = client.get("/health")
-    assert found.status_code == 200
-    assert found.json() == {
+    response = client.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {
         "status": "ok",
         "depths": predictor.macs,
         "input_shape": [1, 8, 8],
@@ -183,14 +183,14 @@ def test_metrics(client, predictor):
     for _ in range(3):
         client.post("/predict?depth=d4", content=png())
     client.post("/predict", content=b"no image")
-    found = samples(client)
-    assert found['teamnet_requests_total{status="200"}'] == 3
-    assert found['teamnet_requests_total{status="400"}'] == 1
-    assert found['teamnet_latency_seconds_count{depth="d4"}'] == 3
-    assert 0 < found['teamnet_latency_seconds_sum{depth="d4"}'] < 60
-    assert found["teamnet_batch_size_count"] == 3
-    assert found["teamnet_waiting"] == 0
-    assert found["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
+    metrics = samples(client)
+    assert metrics['teamnet_requests_total{status="200"}'] == 3
+    assert metrics['teamnet_requests_total{status="400"}'] == 1
+    assert metrics['teamnet_latency_seconds_count{depth="d4"}'] == 3
+    assert 0 < metrics['teamnet_latency_seconds_sum{depth="d4"}'] < 60
+    assert metrics["teamnet_batch_size_count"] == 3
+    assert metrics["teamnet_waiting"] == 0
+    assert metrics["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
 
 
 @pytest.mark.fault("the thread that runs the net has died", "`/health` answers 503")
@@ -200,8 +200,8 @@ def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
 
     monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.run", run)
     with TestClient(Server(predictor).app()) as client:
-        found = client.get("/health")
-    assert (found.status_code, found.json()["status"]) == (503, "failed")
+        response = client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
 
 
 @pytest.mark.fault("the net fails on a batch", "500 for that batch; the server goes on")
@@ -211,8 +211,8 @@ def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypat
         raise error("out of memory")
 
     monkeypatch.setattr(predictor, "run", run)
-    found = client.post("/predict", content=png())
-    assert (found.status_code, found.json()) == (
+    response = client.post("/predict", content=png())
+    assert (response.status_code, response.json()) == (
         500,
         {"error": "The server failed; its log has the details."},
     )
@@ -227,9 +227,9 @@ def test_overload_is_said(client, monkeypatch):
         raise OverloadedError("too much")
 
     monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.admit", refuse)
-    found = client.post("/predict", content=b"no image")  # it is not even looked at
-    assert (found.status_code, found.json()) == (503, {"error": "too much"})
-    assert found.headers["Retry-After"] == "1"
+    response = client.post("/predict", content=b"no image")  # it is not even looked at
+    assert (response.status_code, response.json()) == (503, {"error": "too much"})
+    assert response.headers["Retry-After"] == "1"
     assert samples(client)['teamnet_requests_total{status="503"}'] == 1
 
 
@@ -397,23 +397,23 @@ def process(checkpoint, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     words = [sys.executable, "-m", "teamnet_pl", "serve", "--ckpt_path", str(checkpoint)]
     with open(log, "w") as file:
-        own = subprocess.Popen([*words, "--port", "0", "--budget_ms", "60000"], stderr=file)
+        server = subprocess.Popen([*words, "--port", "0", "--budget_ms", "60000"], stderr=file)
     try:
         until = time.monotonic() + 120
-        while not (found := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
-            assert own.poll() is None, log.read_text()
+        while not (match := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.1)
-        yield int(found[1]), own, log
+        yield int(match[1]), server, log
     finally:
-        own.kill()
-        own.wait()
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
 @pytest.mark.slow
 def test_a_process_lives_through_what_it_gets(process, team):
-    port, own, log = process
+    port, server, log = process
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         for data in hostile_files().values():
             assert client.post("/predict", content=data).status_code == 400
@@ -442,10 +442,10 @@ def test_a_process_lives_through_what_it_gets(process, team):
         answers = list(pool.map(send, images))
     assert {answer.status_code for answer in answers} == {200}
     for data, answer in zip(images, answers, strict=True):
-        found = answer.json()
-        expected = probabilities(team, found["depth"], data)
-        assert found["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert own.poll() is None
+        content = answer.json()
+        expected = probabilities(team, content["depth"], data)
+        assert content["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert server.poll() is None
     assert "Traceback" not in log.read_text()
 
 
@@ -456,18 +456,18 @@ def test_a_process_lives_through_what_it_gets(process, team):
 @pytest.mark.slow
 def test_a_process_answers_what_it_has_before_it_ends(process):
     """The last test of the process."""
-    port, own, log = process
+    port, server, log = process
     data = png()
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         head = f"Host: a\r\nExpect: 100-continue\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(b"POST /predict HTTP/1.1\r\n" + head.encode())
         assert b" 100 " in connection.recv(4096)  # it waits for the body
-        own.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         while "Shutting down" not in log.read_text():
             time.sleep(0.05)
         connection.sendall(data)
         assert b" 200 " in connection.recv(4096).splitlines()[0]
-    own.wait(60)
+    server.wait(60)
 
 
 def test_an_output_that_is_not_finite_is_an_error(client, predictor, monkeypatch):
