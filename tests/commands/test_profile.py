@@ -44,7 +44,7 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
         (["--ckpt_path", "nothing.ckpt"], "There is no file nothing.ckpt"),
     ],
 )
-def test_what_the_user_got_wrong_is_said(checkpoint, words, message, capsys):
+def test_mistakes_are_reported(checkpoint, words, message, capsys):
     with pytest.raises(SystemExit):
         main(["profile", "--ckpt_path", str(checkpoint), *words])
     error = " ".join(capsys.readouterr().err.split())

@@ -38,7 +38,7 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
 
 @pytest.mark.fault("the extra `serve` is not installed", "an error that names it")
 @pytest.mark.parametrize("name", ["uvicorn", "starlette", "prometheus_client"])
-def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
+def test_missing_libraries_are_reported(checkpoint, monkeypatch, name):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, name, None)
@@ -59,8 +59,8 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
         ("192.0.2.1", 0, "cannot listen at 192.0.2.1, port 0: Cannot assign"),
     ],
 )
-def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
-    """Found before the checkpoint is read, which is not there."""
+def test_an_address_that_is_not_available(capsys, tmp_path, host, port, message):
+    """Reported before the checkpoint is read, which does not exist."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1] if port is None else port
         with pytest.raises(SystemExit) as ending:
@@ -72,7 +72,7 @@ def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
 @pytest.mark.fault("a device that this machine does not have", "one sentence, status 2")
 @pytest.mark.parametrize("command", ["serve", "profile"])
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps:7", ""])
-def test_a_device_that_cannot_be_had(checkpoint, capsys, device, command):
+def test_a_device_that_is_not_available(checkpoint, capsys, device, command):
     port = ["--port", "0"] if command == "serve" else []
     with pytest.raises(SystemExit) as ending:
         main([command, "--ckpt_path", str(checkpoint), "--device", device, *port])

@@ -1,4 +1,4 @@
-"""A checkpoint is all that a trained net needs: the same numbers at work as in training."""
+"""A checkpoint is all that a trained net needs: its numbers are the same as in training."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ CHECKPOINT = "logs/version_0/checkpoints/best.ckpt"
 
 
 def paint(root, split, count, endings=("png",)):
-    """Images of two sizes, a class as bright as its folder says."""
+    """Saves images of two sizes, whose brightness depends on the class."""
     random = np.random.default_rng(len(split))
     for name, brightness in BRIGHTNESS.items():
         folder = root / split / name
@@ -35,7 +35,7 @@ def paint(root, split, count, endings=("png",)):
 
 @pytest.fixture(scope="module")
 def fitted(cli, tmp_path_factory):
-    """Folder of a run on folders of images, measured; its data is no longer there."""
+    """Folder of a finished run on folders of images, whose data has been moved away."""
     folder = tmp_path_factory.mktemp("run")
     paint(folder / "images", "train", 12)
     paint(folder / "images", "test", 4, ("png", "ppm", "pgm", "bmp"))
@@ -79,7 +79,7 @@ def test_predictions_of_the_command_line_have_names(fitted):
     with open((fitted / CHECKPOINT).with_name("predictions.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
-    # In the order of the labels, that is, of the names as texts.
+    # In the order of the labels, which is that of the names as texts.
     files, _ = images_of(fitted)
     files = sorted(files, key=lambda file: (file.parent.name, file.name))
     names = predictor.predict(files, depth="d7").names
@@ -106,7 +106,7 @@ def test_a_server_names_the_class(fitted):
     "profile and export work from the checkpoint alone",
 )
 def test_commands_do_without_the_data(cli, fitted, tmp_path):
-    """Which is not there, nor is the folder of the run."""
+    """Neither the data nor the folder of the run is there."""
     shutil.copy(fitted / CHECKPOINT, tmp_path / "team.ckpt")
     cli(tmp_path, "profile", "--ckpt_path", "team.ckpt", "--runs", 1, tiny=False)
     formats = "[safetensors,hub]"
@@ -146,7 +146,7 @@ def test_other_classes_are_refused(cli, fitted, tmp_path, capsys, command):
 
 
 def test_weights_alone(cli, fitted, tmp_path):
-    """`save_weights_only` leaves all that a net needs."""
+    """`save_weights_only` keeps everything that a trained net needs."""
     options = ["--checkpoint.save_weights_only", "true"]
     cli(tmp_path, "fit", *options)
     checkpoint = tmp_path / CHECKPOINT
@@ -158,7 +158,7 @@ def test_weights_alone(cli, fitted, tmp_path):
 
 @pytest.mark.fault("per_depth.json is not a report", "an error that names the file")
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"net": "a"}]', "[" * 5000])
-def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, content):
+def test_a_file_beside_the_checkpoint_that_is_not_a_report(checkpoint, tmp_path, content):
     shutil.copy(checkpoint, tmp_path / "team.ckpt")
     (tmp_path / "per_depth.json").write_text(content)
     try:
@@ -167,8 +167,8 @@ def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, conte
         assert "per_depth.json is not a report of a team" in str(error)  # noqa: PT017
 
 
-def test_data_with_other_statistics_is_said(cli, fitted, tmp_path):
-    """Those of ImageNet, while the team was trained with the data's own."""
+def test_data_with_other_statistics_causes_a_warning(cli, fitted, tmp_path):
+    """ImageNet's statistics, while the team was trained with those of its data."""
     options = ["--data.root", fitted / "moved", "--data.statistics", "imagenet"]
     with pytest.warns(UserWarning, match=r"predicts, with mean .*; this data has mean \[0\.485"):
         cli(tmp_path, "test", "--ckpt_path", fitted / CHECKPOINT, *options, tiny=False)
@@ -215,7 +215,7 @@ def test_a_third_teammate(cli, checkpoint, with_extra, tmp_path):
     assert (tmp_path / "out/d1.safetensors").is_file()
 
 
-def test_a_teammate_that_there_is_not(with_extra):
+def test_no_such_teammate(with_extra):
     with pytest.raises(ValueError, match="has the Teammates a, b, c; found d"):
         Teammate.from_checkpoint(with_extra(c={}), "d")
 

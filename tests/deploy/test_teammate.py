@@ -117,7 +117,7 @@ def test_example_of_the_model_card_runs(teammate, tmp_path):
         torch.testing.assert_close(namespace["small"](IMAGES), namespace["logits"])
 
 
-def test_card_of_a_net_of_which_less_is_known(tmp_path):
+def test_card_without_accuracy_and_preprocessing(tmp_path):
     Teammate(10, (1, 8, 8), TINY).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md").text
     assert "accuracy" not in card
@@ -177,7 +177,7 @@ def test_config_with_wrong_values(teammate, tmp_path, entry, value, message):
 
 
 @pytest.mark.fault("a Hub folder's weights lack some", "an error that names them")
-def test_weights_that_lack_some(teammate, tmp_path):
+def test_missing_weights(teammate, tmp_path):
     from safetensors.torch import save_file
 
     teammate.save_pretrained(tmp_path)
@@ -202,7 +202,7 @@ def test_config_runs_nothing(teammate, tmp_path, own_nets):
         Teammate.from_pretrained(tmp_path)
 
 
-def test_own_backbone_if_trusted(tmp_path, own_nets):
+def test_a_user_s_backbone_if_trusted(tmp_path, own_nets):
     config = TeammateConfig("own_nets.GroupNormNet", {"width": 6}, depths=[4, 1])
     net = Teammate(10, (1, 8, 8), config).eval()
     net.save_pretrained(tmp_path)
@@ -211,7 +211,7 @@ def test_own_backbone_if_trusted(tmp_path, own_nets):
     assert_same(Teammate.from_pretrained(tmp_path, trust_import=True), net)
 
 
-def test_weights_to_start_from_are_not_looked_for(tmp_path):
+def test_pretrained_weights_are_not_looked_for(tmp_path):
     config = TeammateConfig(
         "timm/resnet18", {"checkpoint_path": "/nowhere"}, checkpoint="/nowhere", depths=2
     )
@@ -227,7 +227,7 @@ def test_folder_without_config(teammate, tmp_path):
         Teammate.from_pretrained(tmp_path)
 
 
-# From the checkpoint of a training
+# From the checkpoint of a training run
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_from_checkpoint(checkpoint, name):
     "per_depth.json is of other weights than the checkpoint",
     "its accuracies are not used",
 )
-def test_an_evaluation_of_other_weights_is_not_believed(checkpoint, tmp_path):
+def test_an_evaluation_of_other_weights_is_not_used(checkpoint, tmp_path):
     report = (checkpoint.parent / "per_depth.json").read_text()
     (tmp_path / "per_depth.json").write_text(report)
     content = torch.load(checkpoint, weights_only=True)
@@ -282,7 +282,7 @@ def test_checkpoint_that_does_not_name_its_data(tmp_path):
         Teammate.from_checkpoint(tmp_path / "team.ckpt", "b")
 
 
-def test_what_is_no_checkpoint_of_a_team(teammate, tmp_path):
+def test_not_a_checkpoint_of_a_team(teammate, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         Teammate.from_checkpoint(tmp_path / "best.ckpt")
     torch.save(teammate.state_dict(), tmp_path / "weights.pt")

@@ -8,7 +8,7 @@ from tests.helpers.deploy import cifar, logits_at, make_elastic, make_images
 
 pytest.importorskip("executorch")
 
-# In a process of its own: what ExecuTorch warns of is not ours to fix.
+# In a separate process: ExecuTorch emits warnings that we cannot fix.
 SAVE = """
 import torch
 from teamnet_pl.deploy import save_executorch

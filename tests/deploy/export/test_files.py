@@ -100,9 +100,7 @@ def test_8_bits(teammate, tmp_path):
 @pytest.mark.parametrize(
     ("count", "expected"), [(32, [32]), (33, [32, 32]), (1000, [32] * 4 + [16])]
 )
-def test_ranges_are_found_by_so_many_validation_images(
-    teammate, tmp_path, monkeypatch, count, expected
-):
+def test_number_of_calibration_images(teammate, tmp_path, monkeypatch, count, expected):
     seen = []
     data = Digits(batch_size=32)
 
@@ -134,9 +132,7 @@ def test_ranges_are_found_by_so_many_validation_images(
         ((["onnx_int8"], None, Digits(), 0), "calibration_images must be at least 1, found 0"),
     ],
 )
-def test_what_the_user_got_wrong_is_said_before_a_file_is_written(
-    teammate, tmp_path, arguments, message
-):
+def test_mistakes_are_reported_before_a_file_is_written(teammate, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         export_files(teammate, tmp_path, *arguments)
     assert list(tmp_path.iterdir()) == []

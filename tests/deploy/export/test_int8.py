@@ -11,7 +11,7 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module", params=["cifar", "convnext"])
 def files(request, tmp_path_factory):
-    """A net, its file and the 8-bit one."""
+    """A net, its ONNX file and the 8-bit one."""
     build, arguments = {"cifar": (cifar, 8), "convnext": (convnext, [1, 1, 1, 1])}[request.param]
     net = make_elastic(build(arguments), 2)
     folder = tmp_path_factory.mktemp("int8")
@@ -21,7 +21,7 @@ def files(request, tmp_path_factory):
     return net, folder / "float.onnx", folder / "int8.onnx"
 
 
-def test_close_to_what_it_comes_from(files):
+def test_close_to_the_source(files):
     net, _, int8 = files
     for count in (1, 5):
         batch = make_images(count, seed=7)

@@ -39,7 +39,7 @@ def close(actual, expected):
 
 @pytest.fixture(scope="module")
 def files(net, tmp_path_factory):
-    """A file of each depth and one of all."""
+    """A file for each depth and one for all."""
     folder = tmp_path_factory.mktemp("files")
     save_onnx_all_depths(net, folder / "all.onnx")
     for depth in net.depths:
@@ -59,7 +59,7 @@ def test_a_file_for_each_depth_and_one_for_all(net, files):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A net and its one file."""
+    """A net and its file for all depths."""
     net = make_elastic(cifar(16, 14), [4, 3, 1])
     path = tmp_path_factory.mktemp("shared") / "all.onnx"
     save_onnx_all_depths(net, path)
@@ -89,7 +89,7 @@ def test_weights_are_in_the_file_once(shared, tmp_path):
     ]
     every = [t.numpy() for depth in net.depths for t in net.extract(depth).state_dict().values()]
     distinct = {(a.shape, a.tobytes()): a for a in every if a.dtype == "float32"}
-    # The exporter gives each convolution a bias of zeros.
+    # The exporter gives each convolution a zero bias.
     stored = [a.size for a in arrays if a.dtype == "float32" and a.any()]
     assert sum(stored) == sum(a.size for a in distinct.values())
     save_onnx(net, 4, tmp_path / "deepest.onnx")
@@ -105,7 +105,7 @@ def graphs(graph):
 
 
 def optimized(path):
-    """What onnxruntime makes of the graphs of a file, innermost last."""
+    """Counts the operators in the graphs that onnxruntime optimizes, innermost last."""
     options = {
         "optimized_model_filepath": str(path.with_suffix(".optimized")),
         "log_severity_level": 3,
@@ -115,8 +115,8 @@ def optimized(path):
     return [Counter(node.op_type for node in graph.node) for graph in optimized_graphs]
 
 
-def test_onnxruntime_optimizes_a_depth_as_in_a_file_of_its_own(net, files):
-    """So that it is as fast."""
+def test_onnxruntime_optimizes_a_depth_as_in_a_separate_file(net, files):
+    """So it is as fast."""
     choice, *branches = optimized(files / "all.onnx")
     assert choice == {"Less": 1, "If": 1}
     separate = [optimized(files / f"{depth}.onnx") for depth in net.depths]
@@ -137,12 +137,12 @@ def test_some_of_the_depths(shared, tmp_path):
     ("depths", "message"),
     [([3], "at least two of them, found 1"), ([3, 2], "d4, d3, d1; 2 is none of them")],
 )
-def test_depths_that_do_not_make_a_file(shared, tmp_path, depths, message):
+def test_depths_that_cannot_be_in_one_file(shared, tmp_path, depths, message):
     with pytest.raises(ValueError, match=message):
         save_onnx_all_depths(shared[0], tmp_path / "all.onnx", depths)
 
 
-def test_what_the_files_say(shared, tmp_path):
+def test_inputs_and_outputs_of_the_files(shared, tmp_path):
     net, path = shared
     save_onnx(net, 1, tmp_path / "separate.onnx")
     for file in (path, tmp_path / "separate.onnx"):

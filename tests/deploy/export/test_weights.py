@@ -18,7 +18,7 @@ NETS = {
     ("build", "layers", "kept", "kept_layers"),
     [pytest.param(*values, id=name) for name, values in NETS.items()],
 )
-def test_weights_load_into_the_net_that_one_would_build(tmp_path, build, layers, kept, kept_layers):
+def test_weights_load_into_a_net_of_just_that_depth(tmp_path, build, layers, kept, kept_layers):
     full = ElasticNet(build(layers), (3, 32, 32), depths=2).stages
     net = make_elastic(build(layers), [full, kept])
     shallow = net.depths[1]

@@ -1,4 +1,4 @@
-"""The choice of a depth, on a machine that is made up."""
+"""The choice of a depth, on a made-up machine."""
 
 import math
 import random
@@ -20,11 +20,11 @@ def expected_ms(depth, batch_size):
 
 
 class Machine:
-    """Runs one request after another on a clock of its own.
+    """Runs one request after another on its own clock.
 
     Args:
-        bias: 0 where load slows all depths down alike; above, deep ones more than shallow ones.
-        noise: A run takes up to that share longer or shorter.
+        bias: 0 if load slows down all depths alike; above 0, deep ones more than shallow ones.
+        noise: Largest share by which a run takes longer or shorter.
     """
 
     def __init__(self, budget_ms, bias=0.0, noise=0.0, seed=0, **options):
@@ -40,7 +40,7 @@ class Machine:
         return PROFILED[depth] * (1 + slower)
 
     def request(self, load, times=1.0):
-        """Runs one; returns its depth and whether it was in time."""
+        """Runs one request; returns its depth and whether it was in time."""
         depth = self.controller.choose(self.budget_ms)
         jitter = 1 + self.random.uniform(-self.noise, self.noise)
         latency_ms = self.latency_ms(depth, load) * jitter * times
@@ -52,7 +52,7 @@ class Machine:
         return [self.request(load) for _ in range(round(seconds / PERIOD))]
 
     def deepest(self, load, headroom=0.1):
-        """The depth that someone who knows the load would choose."""
+        """The depth to choose if the load is known."""
         allowed = self.budget_ms * (1 - headroom)
         return next((d for d in DEPTHS if self.latency_ms(d, load) <= allowed), DEPTHS[-1])
 
@@ -71,7 +71,7 @@ def rises(done):
 
 
 loads = st.floats(1, 4)
-budgets = st.floats(13.5, 60)  # what d0 meets at a load of 4, to what d7 meets at that load
+budgets = st.floats(13.5, 60)  # between the latencies of d0 and of d7 at a load of 4, with headroom
 
 
 @pytest.mark.parametrize(("budget", "depth"), [(100, "d7"), (11, "d5"), (7, "d2"), (4, "d0")])
@@ -88,7 +88,7 @@ def test_batches_are_slower():
     assert machine.controller.estimate_ms("d5", 4) == pytest.approx(32)
 
 
-def test_a_typical_run_takes_less_than_what_is_planned_for():
+def test_a_typical_run_takes_less_than_the_estimate():
     machine = Machine(13)
     assert machine.controller.typical_share == 1
     machine.run(1, 5)
@@ -106,7 +106,7 @@ def test_shallowest_while_nothing_is_known():
     assert machine.controller.choose(1e9) == "d0"
 
 
-def test_shallowest_where_none_fits():
+def test_shallowest_if_none_fits():
     machine = Machine(1)
     assert depths(machine.run(2, 5)) == ["d0"] * 100
 
@@ -118,7 +118,7 @@ def test_steps_down_at_the_second_slow_request_and_back_late():
     assert slow[:4] == ["d7", "d7", "d2", "d2"]
     assert set(slow[2:]) == {"d2"}
     back = depths(machine.run(1, 20))
-    # 19 requests until all but one of the window are fast, a second of waiting, and steps.
+    # 19 requests until all but one in the window are fast, a second of waiting, then steps.
     assert set(back[:20]) == {"d2"}
     assert back[-1] == "d7"
     assert rises([(d, True) for d in back]) <= 2
@@ -140,7 +140,7 @@ def test_the_depth_rises_one_step_at_a_time():
     assert all(back.count(depth) >= 20 for depth in set(back))  # a second each
 
 
-def test_the_load_is_lowered_to_the_measured_one_and_no_further():
+def test_the_slowdown_falls_to_the_measured_one_and_no_further():
     machine = Machine(12)
     machine.run(3.5, 5)
     loads = []
@@ -164,7 +164,7 @@ def test_a_lull_shorter_than_the_wait_changes_nothing():
     machine = Machine(60)
     for _ in range(20):
         machine.run(2, 0.1)
-        machine.run(1, 1.2)  # 19 of its 24 until the window forgets, so a quarter of a second
+        machine.run(1, 1.2)  # the window forgets after 19 of the 24, so this is a lull of 1/4 s
         assert machine.controller.slowdown == pytest.approx(2)
 
 
@@ -175,17 +175,17 @@ def probes(machine, load, seconds):
     return [begin + i * PERIOD for i, (a, b) in pairs if PROFILED[b] > PROFILED[a]]
 
 
-def test_tries_that_fail_become_rare():
-    """Load slows d5 down so much more than d2 that runs at d2 make d5 look possible."""
+def test_failing_attempts_become_rare():
+    """Load slows down d5 so much more than d2 that after runs at d2 d5 seems to fit."""
     machine = Machine(14, bias=2)
     at = probes(machine, 3, 200)
     gaps = [b - a for a, b in pairwise(at)]
     assert all(b > a for a, b in pairwise(gaps[:4]))
     assert min(gaps[4:]) >= 16
-    assert len(at) > 8  # but never end
+    assert len(at) > 8  # but they never end
 
 
-def test_a_return_that_lasts_makes_the_next_one_fast_again():
+def test_a_lasting_return_makes_the_next_one_fast_again():
     machine = Machine(14, bias=2)
     machine.run(3, 200)
     machine.run(1, 120)
@@ -203,7 +203,7 @@ def test_a_faster_machine_than_the_profiled_one():
 
 @given(st.lists(loads, min_size=1, max_size=8), budgets)
 @settings(deadline=None)
-def test_a_rise_of_the_load_costs_two_requests_and_nothing_else_any(pattern, budget):
+def test_only_a_rise_of_the_load_costs_requests_and_only_two(pattern, budget):
     machine = Machine(budget)
     for before, load in zip([0, *pattern], pattern, strict=False):
         done = machine.run(load, 10)
@@ -221,18 +221,18 @@ def test_95_of_100_are_in_time(pattern, budget, bias, seed):
 @given(loads, budgets, st.floats(0, 2), st.floats(0, 0.3), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
-    """However wrong one number for all depths is, and however noisy the machine."""
+    """However wrong one slowdown for all depths is, and however noisy the machine."""
     machine = Machine(budget, bias, noise, seed)
     done = machine.run(load, 200)
-    # Waits of 1, 2, 4 and 8 seconds, then of 16 each; a new low may start that anew.
+    # Waits of 1, 2, 4 and 8 seconds, then of 16 each; a new low may start this again.
     assert rises(done) <= 2 * (4 + 200 / 16)
     assert rises(done[len(done) // 2 :]) <= 4 + 100 / 16
 
 
 @given(loads, budgets, st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_no_thrash_where_what_is_left_of_budgets_varies(load, budget, seed):
-    """As reading the images takes longer or shorter: by less than the headroom."""
+def test_no_thrash_if_the_remaining_budget_varies(load, budget, seed):
+    """By less than the headroom, since reading the images takes longer or shorter."""
     machine = Machine(budget)
     machine.run(load, 5)
     left = random.Random(seed)
@@ -242,7 +242,7 @@ def test_no_thrash_where_what_is_left_of_budgets_varies(load, budget, seed):
 
 @given(loads, budgets, st.floats(0, 2))
 @settings(max_examples=50, deadline=None)
-def test_depth_returns_when_the_load_goes(load, budget, bias):
+def test_the_depth_returns_when_the_load_ends(load, budget, bias):
     machine = Machine(budget, bias)
     machine.run(load, 30)
     machine.run(1, 120)
@@ -251,8 +251,8 @@ def test_depth_returns_when_the_load_goes(load, budget, bias):
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets)
 @settings(max_examples=50, deadline=None)
-def test_steady_state_is_what_one_would_choose_who_knows_the_load(pattern, budget):
-    """But for the headroom, which the last depth needs not, and the dead band."""
+def test_steady_state_is_the_best_choice_for_the_known_load(pattern, budget):
+    """Apart from the headroom, which the last depth does not need, and the dead band."""
     machine = Machine(budget)
     for load in pattern:
         machine.run(load, 60)
@@ -286,7 +286,7 @@ def test_no_depths():
         DepthController([], expected_ms)
 
 
-def test_each_call_s_wait_is_overhead_and_more_is_delay():
+def test_the_wait_of_every_call_is_overhead_and_more_is_delay():
     """Reading takes 2 ms of work, and 30 ms of waiting for a disk."""
     overhead = OverheadEstimator()
     assert overhead.split(elapsed_ms=32, cpu_ms=2) == (32, 0)

@@ -29,7 +29,7 @@ def test_every_depth_at_every_batch_size(team):
     assert profile.depths == [depth.name for depth in net.depths]
     assert (profile.device, profile.threads) == ("cpu", torch.get_num_threads())
     for view in views.values():
-        # Two that warm up and three that count, and one that tells the memory.
+        # Two runs to warm up, three that count, and one that measures the memory.
         assert view.batches == [1] * 6 + [4] * 6
     for row in profile.rows:
         assert 0 < row.median_ms <= row.p95_ms
@@ -65,9 +65,9 @@ def test_peak_memory_by_hand():
             return peak_bytes(partial(nn.Sequential(*layers), images), torch.device("cpu"))
 
     images = torch.randn(8, 100)
-    # Of 8 rows of float32: ReLU's input and its output.
+    # 8 rows of float32: the input and the output of ReLU.
     assert peak(nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)) == 4 * 8 * 2000
-    # In place there is one, beside the last layer's output.
+    # In place there is only one, besides the output of the last layer.
     assert peak(nn.Linear(100, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10)) == 4 * 8 * 1010
     assert peak(Slow()) == 4 * 8 * 2
 
@@ -83,6 +83,6 @@ def test_peak_memory_of_a_training_step_by_hand():
         features.sum().backward()
 
     kept, gradient = 5 * 8 * 100, 100 * 100
-    # Beside what is kept: the gradient so far, that of one more use, and at last their sum.
+    # Besides the kept outputs: the gradient so far, that of one more use, and their sum.
     peak = peak_bytes(step, torch.device("cpu")) / 4
     assert kept + 3 * gradient <= peak < kept + 3 * gradient + 8 * 100

@@ -76,7 +76,7 @@ def timed(machine, net_a, predictor, profile, monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(digits):
-    """Raw ones, as someone has them who knows nothing of the training."""
+    """Raw images, as a user has them who knows nothing about the training."""
     return [digits.test_set.dataset[i][0] for i in range(8)]
 
 
@@ -86,7 +86,7 @@ def normalized(digits):
 
 
 def expected(team, depth, normalized, teammate="a"):
-    """What the plain net of a depth says of the images that the training would have seen."""
+    """The output of a depth's plain net for the images as the training prepares them."""
     with torch.no_grad():
         return team.teammates[teammate].extract(depth).eval()(normalized).softmax(-1)
 
@@ -129,7 +129,7 @@ def test_deepest_without_a_budget(predictor, images):
 
 
 def test_budget_of_time(machine, timed, images):
-    # Ten per cent stay free, but where the last depth fits.
+    # Ten per cent stay free, unless the last depth fits.
     depths = {b: timed.predict(images[0], budget_ms=b).depth for b in (12, 11, 7, 6, 5.9, 1)}
     assert depths == {12: "d7", 11: "d7", 7: "d4", 6: "d4", 5.9: "d0", 1: "d0"}
     assert timed.predict(images, budget_ms=72).depth == "d4"  # 8 images take 48, or 80
@@ -142,7 +142,7 @@ def test_budget_of_time(machine, timed, images):
     assert prediction.latency_ms == pytest.approx(18)
 
 
-def test_preprocessing_counts(machine, timed, images):
+def test_preprocessing_is_part_of_the_budget(machine, timed, images):
     preprocessing = timed.preprocessing
 
     def slow(batch):
@@ -157,10 +157,10 @@ def test_preprocessing_counts(machine, timed, images):
 
 
 class SharedCore:
-    """A predictor on a core that another process, while it is busy, gets every other time slice of.
+    """A predictor on a core of which another process, if busy, gets every other time slice.
 
-    What a call takes depends on how many slices cut it, and that on its length: times are those of
-    a ResNet-50 beside a process that counts. Time is in milliseconds.
+    The latency of a call depends on how many slices interrupt it, and so on its length. The times
+    are those of a ResNet-50 beside a process that counts, in milliseconds.
     """
 
     READING, SLICE = 0.4, 4.0
@@ -205,7 +205,7 @@ class SharedCore:
         return images, self.now - begin
 
     def calls(self, seconds, budget_ms):
-        """Calls without a pause: their depths, and the 95th percentile of what they took."""
+        """Depths of calls without a pause, and the 95th percentile of their latency."""
         end, done = self.now + 1000 * seconds, []
         while self.now < end:
             done.append(self.predictor.predict(torch.zeros(1), budget_ms=budget_ms))
@@ -235,13 +235,13 @@ def test_no_thrash_beside_a_process_that_takes_every_other_time_slice(net_b, bud
         core.busy = False
         depths, p95_ms = core.calls(20, budget_ms)
         assert p95_ms <= budget_ms
-        # But for the headroom, and the dead band of the load.
+        # Apart from the headroom and the dead band of the slowdown.
         fits = [ms for ms in core.RUNS.values() if ms <= 0.8 * (budget_ms - core.READING)]
         assert core.RUNS[depths[-1]] >= max(fits)
 
 
-def test_time_lost_while_images_are_read_is_load(net_b):
-    """So that p95 is kept where the other process hits the reading alone, too."""
+def test_a_delay_while_images_are_read_is_slowdown(net_b):
+    """So the 95th percentile is in time even if the other process only delays the reading."""
     with pytest.MonkeyPatch.context() as patch:
         core = SharedCore(net_b, patch, 0)
         core.calls(1, 100)
@@ -256,8 +256,8 @@ def test_time_lost_while_images_are_read_is_load(net_b):
         assert core.predictor.controller.slowdown == pytest.approx((23.7 + 7) / 23.7, rel=0.02)
 
 
-def test_waiting_for_a_disk_is_no_load(net_b):
-    """But part of each call: 23.7 ms fit in 60, less 30, and do not in 50."""
+def test_waiting_for_a_disk_is_not_slowdown(net_b):
+    """But it is part of each call: 23.7 ms fit into 60 - 30 ms, and not into 50 - 30 ms."""
     with pytest.MonkeyPatch.context() as patch:
         core = SharedCore(net_b, patch, 0, disk=30)
         assert core.calls(5, 60)[0][-1] == "d7"
@@ -267,7 +267,7 @@ def test_waiting_for_a_disk_is_no_load(net_b):
         assert p95_ms < 50
 
 
-def test_what_a_run_takes_is_learned_at_the_start(timed):
+def test_the_slowdown_is_measured_at_the_start(timed):
     assert timed.controller.slowdown == pytest.approx(1)
 
 
@@ -300,7 +300,7 @@ def test_a_choice_of_depths(checkpoint, images):
 
 
 def test_weights_are_in_memory_once(predictor):
-    """Of 3 depths: every tensor of one is a tensor of the others."""
+    """Every tensor of one depth is a tensor of the other two."""
     tensors = [
         {tensor.data_ptr() for tensor in view.state_dict().values() if tensor.numel()}
         for view in predictor._views.values()
@@ -308,7 +308,7 @@ def test_weights_are_in_memory_once(predictor):
     assert tensors[0] == tensors[1] == tensors[2]
 
 
-def test_threads_each_at_a_depth_of_their_own(predictor, team, images, normalized):
+def test_threads_at_different_depths(predictor, team, images, normalized):
     truth = {depth: expected(team, depth, normalized) for depth in predictor.depths}
 
     def ask(i):
@@ -377,7 +377,7 @@ def test_loaded_net_is_the_team_s(checkpoint, team):
 
 
 def edited(checkpoint, folder, **changes):
-    """A checkpoint with other entries; None takes one out."""
+    """A checkpoint with changed entries; None removes one."""
     content = torch.load(checkpoint, weights_only=True) | changes
     path = folder / "edited.ckpt"
     torch.save({key: value for key, value in content.items() if value is not None}, path)
@@ -400,7 +400,7 @@ def test_nothing_that_the_checkpoint_names_is_called(checkpoint, team, tmp_path,
         ("state_dict", "does not hold weights"),
     ],
 )
-def test_no_checkpoint_of_a_team(checkpoint, tmp_path, missing, message):
+def test_not_a_checkpoint_of_a_team(checkpoint, tmp_path, missing, message):
     with pytest.raises(ValueError, match=message):
         Teammate.from_checkpoint(edited(checkpoint, tmp_path, **{missing: None}))
 

@@ -15,7 +15,7 @@ MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
 
 @pytest.fixture
 def pixels():
-    """Two images as one has them: (N, H, W, C)."""
+    """Two images, shape (N, H, W, C)."""
     return np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
 
 
@@ -58,7 +58,7 @@ def test_every_way_to_pass_images(rgb, pixels, tmp_path):
         torch.testing.assert_close(rgb(single), expected[:1], rtol=1e-5, atol=1e-5)
 
 
-def test_pictures_come_to_the_channels_of_the_net(pixels):
+def test_pictures_get_the_channels_of_the_net(pixels):
     grey = Preprocessing((1, 4, 6), [0], [1])
     picture = Image.fromarray(pixels[0])
     expected = torch.from_numpy(np.asarray(picture.convert("L"))[None, None] / 255).float()
@@ -79,7 +79,7 @@ def test_transparent_palette(rgb, pixels):
 
 
 def test_files_are_read_as_in_training(rgb, pixels, tmp_path):
-    """A photo taken with the camera on its side, and 16 bits a value."""
+    """A photo from a camera on its side, and a file with 16 bits a value."""
     exif = Image.Exif()
     exif[0x0112] = 8  # to be turned to the left
     Image.fromarray(np.rot90(pixels[0], -1)).save(tmp_path / "side.png", exif=exif)
@@ -118,7 +118,7 @@ def test_transforms_come_first(pixels):
         (None, "found a NoneType"),
     ],
 )
-def test_what_is_no_image(rgb, images, message):
+def test_input_that_is_not_an_image(rgb, images, message):
     with pytest.raises(ValueError, match=message):
         rgb(images)
 
@@ -137,7 +137,7 @@ def test_no_file(rgb, tmp_path):
         ([0] * 3, [1, 0, 1], "std must be positive"),
     ],
 )
-def test_normalisation_that_does_not_fit(mean, std, message):
+def test_normalization_that_does_not_fit(mean, std, message):
     with pytest.raises(ValueError, match=message):
         Preprocessing((3, 4, 6), mean, std)
 
@@ -147,7 +147,7 @@ def test_pictures_have_one_or_three_channels():
         Preprocessing((2, 4, 6), [0] * 2, [1] * 2)(Image.new("RGB", (6, 4)))
 
 
-# Files of which nothing is trusted
+# Files that are not trusted
 
 
 def preprocessing(size, **kwargs):
@@ -160,7 +160,7 @@ def test_formats(format, pixels):
     picture = Image.fromarray(pixels[0])
     batch = preprocessing((4, 6))(encoded(picture, format))
     assert batch.shape == (1, 1, 4, 6)
-    if format not in ("GIF", "JPEG", "JPEG2000", "WEBP"):  # which lose some
+    if format not in ("GIF", "JPEG", "JPEG2000", "WEBP"):  # which are lossy
         expected = torch.from_numpy(np.array(picture.convert("L"))) / 255
         torch.testing.assert_close(batch[0, 0], expected)
 
@@ -171,7 +171,7 @@ def test_formats_whose_readers_run_other_programs_or_are_rare(format, pixels):
         preprocessing((4, 6))(encoded(Image.fromarray(pixels[0]), format))
 
 
-@pytest.mark.fault("a damaged or hostile image file is to be predicted", "an error that names it")
+@pytest.mark.fault("prediction for a damaged or hostile image file", "an error that names it")
 @pytest.mark.parametrize("name", hostile_files())
 def test_hostile_files(name, tmp_path):
     read = preprocessing((8, 8))
@@ -183,7 +183,7 @@ def test_hostile_files(name, tmp_path):
         read(path)
 
 
-def test_large_is_said_before_it_is_decoded():
+def test_large_files_are_refused_before_decoding():
     read = preprocessing((8, 8))
     with pytest.raises(ValueError, match="4097x4097 pixels, 16,777,216 are allowed"):
         read(hostile_files()["large"])
@@ -194,7 +194,7 @@ def test_large_is_said_before_it_is_decoded():
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 def test_files_of_16_bits_that_hold_fewer(bits, tmp_path):
-    """From a file, its content and a PIL image: the same values as of 8 bits."""
+    """A file, its content and a PIL image give the same values as an 8-bit image."""
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 4
     path = tmp_path / "deep.png"
     Image.fromarray(values << (bits - 8)).save(path)

@@ -26,7 +26,7 @@ def test_saved_and_loaded(profile, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"depth": 1}]}', '{"rows": 3}'])
-def test_a_file_that_is_no_profile(text, tmp_path):
+def test_a_file_that_is_not_a_profile(text, tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a profile of `teamnet profile`"):

@@ -1,4 +1,4 @@
-"""Who runs with whom, how deep, and who is refused; on a machine that is made up."""
+"""Which requests run together, how deep, and which are refused, on a made-up machine."""
 
 import asyncio
 import threading
@@ -16,9 +16,9 @@ MILLISECONDS = {"d7": 10.0, "d2": 4.0, "d0": 2.0}
 
 
 class Machine:
-    """Stands in for a Predictor; a batch takes its time on the machine's own clock.
+    """Replaces a Predictor; a batch takes its time on the machine's own clock.
 
-    An image holds the number of its request; so do the answers.
+    An image holds the number of its request, and so does the answer.
     """
 
     def __init__(self):
@@ -49,9 +49,9 @@ class Machine:
 
 
 def serve(machine, requests, max_batch_size=4):
-    """Sends requests (number, budget in ms, depth) while a first one runs, and gathers answers.
+    """Sends requests (number, budget in ms, depth) while a first one runs; gathers the answers.
 
-    The first one is number 0, at depth d0.
+    The first request has the number 0 and runs at depth d0.
     """
 
     async def main():
@@ -78,7 +78,7 @@ def serve(machine, requests, max_batch_size=4):
     return asyncio.run(main())
 
 
-def test_those_who_wait_run_together():
+def test_waiting_requests_run_together():
     machine = Machine()
     answers = serve(machine, [(i, 1000) for i in range(1, 7)])
     assert [numbers for _, numbers in machine.batches] == [[0], [1, 2, 3, 4], [5, 6]]
@@ -96,8 +96,8 @@ def test_the_earliest_deadline_first():
 @pytest.mark.parametrize(
     ("budget", "depth"), [(200, "d7"), (93, "d7"), (91, "d2"), (39, "d2"), (37, "d0"), (21, "d0")]
 )
-def test_as_deep_as_all_that_wait_allow(budget, depth):
-    """8 requests are 2 batches, the second planned with a quarter more.
+def test_as_deep_as_all_waiting_requests_allow(budget, depth):
+    """8 requests are 2 batches, the second of them planned with a quarter more time.
 
     2 ms for the one that runs, then 40 + 50, 16 + 20 or 8 + 10.
     """
@@ -111,7 +111,7 @@ def test_as_deep_as_all_that_wait_allow(budget, depth):
 
 @pytest.mark.parametrize(("budget", "depth"), [(55, "d2"), (53, "d0")])
 def test_only_one_batch_of_several_is_planned_to_be_slow(budget, depth):
-    """Two of 20 runs took twice as long: d2's 16 ms are 32 at worst, and 20 in the other batch."""
+    """Two of 20 runs took twice as long: d2's 16 ms are 32 at worst, 20 in the other batch."""
     machine = Machine()
     for slow in [False] * 18 + [True] * 2:
         machine.controller.observe("d0", 1, 2.0 + 2.0 * slow)
@@ -133,14 +133,14 @@ def test_refused_when_not_even_the_shallowest_is_in_time():
 
 @pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
 def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
-    """It is no longer among those that wait; one that never could be in time tells nothing."""
+    """The refused one no longer waits; one that could never be in time does not count."""
     machine = Machine()
     refused = serve(machine, [*((i, 1000) for i in range(1, 7)), (9, budget)])[-1]
     assert isinstance(refused, OverloadedError)
     assert [ran for ran, _ in machine.batches[1:]] == [depth, "d7"]
 
 
-def test_one_that_would_delay_others_too_much_is_refused():
+def test_a_request_that_would_delay_others_too_much_is_refused():
     machine = Machine()
     # 21 ms are enough for two batches of 8 ms at the shallowest, and no third one.
     relaxed = [(i, 21) for i in range(1, 9)]
@@ -149,7 +149,7 @@ def test_one_that_would_delay_others_too_much_is_refused():
     assert not any(isinstance(answer, Exception) for answer in answers[:-1])
 
 
-def test_alone_it_is_never_refused():
+def test_a_request_that_is_alone_is_never_refused():
     machine = Machine()
 
     async def main():
@@ -166,8 +166,8 @@ def test_alone_it_is_never_refused():
     "a queue holds requests that can no longer be in time",
     "they are refused where others can be in time",
 )
-def test_who_is_late_gives_way_to_who_is_not():
-    """The batch before took a second, not 2 ms."""
+def test_late_requests_give_way_to_those_in_time():
+    """The batch before took a second instead of 2 ms."""
     machine = Machine()
     machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600), (3, 5000)])
@@ -176,29 +176,29 @@ def test_who_is_late_gives_way_to_who_is_not():
     assert int(answers[2].probabilities) == 3
 
 
-def test_where_all_are_late_they_are_answered():
+def test_if_all_are_late_they_are_answered():
     machine = Machine()
     machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600)])
     assert [answer.depth for answer in answers] == ["d0", "d0"]
 
 
-def test_a_depth_of_ones_own():
+def test_a_requested_depth():
     machine = Machine()
     requests = [(1, 500, "d7"), (2, 600), (3, 700, "d7"), (4, 15)]
     serve(machine, requests)
-    # The ones without, together, as deep as the tightest of them allows; then those of d7.
+    # Those without a depth, together, as deep as the tightest allows; then those at d7.
     assert machine.batches[1:] == [("d2", [4, 2]), ("d7", [1, 3])]
 
 
-def test_a_depth_of_ones_own_is_no_reason_to_be_late():
+def test_a_requested_depth_that_is_too_slow_is_refused():
     machine = Machine()
     (answer,) = serve(machine, [(1, 11, "d7")])
     assert isinstance(answer, OverloadedError)
 
 
 @pytest.mark.fault("a batch fails", "its requests fail; the next batch runs")
-def test_a_batch_that_fails_fails_alone():
+def test_a_failing_batch_fails_alone():
     machine = Machine()
     answers = serve(machine, [(666, 100), (2, 900)], max_batch_size=1)
     assert isinstance(answers[0], RuntimeError)
@@ -206,7 +206,7 @@ def test_a_batch_that_fails_fails_alone():
 
 
 @pytest.mark.fault("a client disconnects while it waits", "the others are answered")
-def test_a_client_that_goes_takes_nobody_along():
+def test_a_client_that_disconnects_affects_no_other():
     machine = Machine()
 
     async def main():
@@ -254,8 +254,8 @@ def test_nothing_is_lost_and_nothing_answered_twice(requests, max_batch_size):
 
 @given(st.lists(st.floats(1, 300), max_size=60), st.integers(1, 8))
 @settings(max_examples=60, deadline=None)
-def test_those_who_are_let_in_are_in_time(budgets, max_batch_size):
-    """Where the machine is as fast as expected."""
+def test_admitted_requests_are_in_time(budgets, max_batch_size):
+    """If the machine is as fast as expected."""
     machine = Machine()
     answers = serve(machine, list(enumerate(budgets, 1)), max_batch_size)
     for budget, answer in zip(budgets, answers, strict=True):

@@ -1,4 +1,4 @@
-"""The endpoints, and a server process that gets what it may get."""
+"""The endpoints, and a server process that receives hostile requests."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ def png(seed=0, size=8):
 
 
 def probabilities(team, depth, data):
-    """Of the plain net, for pixels normalised by hand as the data set says."""
+    """Those of the plain net, for pixels normalized by hand with the data's statistics."""
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).float() / 255
     with torch.no_grad():
         plain = team.teammates["a"].extract(depth).eval()
@@ -98,7 +98,7 @@ def test_a_query_that_makes_no_sense(client, query, message):
     "a request's body is not an image, or a hostile one",
     "400 with the reason; the server goes on",
 )
-def test_images_that_are_none(client):
+def test_bodies_that_are_not_images(client):
     for data in hostile_files().values():
         response = client.post("/predict", content=data)
         assert response.status_code == 400
@@ -222,19 +222,19 @@ def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypat
 
 
 @pytest.mark.fault("more requests than the shallowest depth keeps up with", "503 with Retry-After")
-def test_overload_is_said(client, monkeypatch):
+def test_overload(client, monkeypatch):
     def refuse(*_):
         raise OverloadedError("too much")
 
     monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.admit", refuse)
-    response = client.post("/predict", content=b"no image")  # it is not even looked at
+    response = client.post("/predict", content=b"no image")  # which is not even decoded
     assert (response.status_code, response.json()) == (503, {"error": "too much"})
     assert response.headers["Retry-After"] == "1"
     assert samples(client)['teamnet_requests_total{status="503"}'] == 1
 
 
 def answer_to(app, receive):
-    """Status and body of the answer to a POST whose body comes as told."""
+    """Status and error of the answer to a POST whose body `receive` delivers."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -253,8 +253,8 @@ def answer_to(app, receive):
     return sent[0]["status"], json.loads(sent[1]["body"])["error"]
 
 
-@pytest.mark.fault("a request's body does not come", "408 after ten seconds")
-def test_a_body_that_does_not_come(predictor, monkeypatch):
+@pytest.mark.fault("a request's body does not arrive", "408 after ten seconds")
+def test_a_body_that_does_not_arrive(predictor, monkeypatch):
     monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
 
     async def receive():
@@ -294,7 +294,7 @@ def test_options_out_of_range(predictor, options, message):
 
 @pytest.fixture
 def serving(predictor, monkeypatch):
-    """Serves in a thread; gives a function that connects."""
+    """Serves in a thread; returns a function that connects to it."""
     servers = []
 
     class Recorded(uvicorn.Server):
@@ -317,7 +317,7 @@ def serving(predictor, monkeypatch):
 
 
 def status(connection):
-    """Of the next answer, or None if the connection was closed instead."""
+    """Status of the next answer, or None if the connection was closed instead."""
     line = connection.recv(4096).partition(b"\r\n")[0]
     return int(line.split()[1]) if line else None
 
@@ -326,9 +326,11 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
 
 
-@pytest.mark.fault("a request's headers do not come", "its connection is closed after ten seconds")
+@pytest.mark.fault(
+    "a request's headers do not arrive", "the connection is closed after ten seconds"
+)
 @pytest.mark.parametrize("before", [b"", HEALTH])
-def test_headers_that_do_not_come(serving, monkeypatch, before):
+def test_headers_that_do_not_arrive(serving, monkeypatch, before):
     monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.5)
     connection = serving()
     if before:
@@ -336,7 +338,7 @@ def test_headers_that_do_not_come(serving, monkeypatch, before):
         assert status(connection) == 200
     begin = time.monotonic()
     connection.sendall(b"GET /health HTTP/1.1\r\n")
-    with contextlib.suppress(ConnectionError):  # each byte is soon enough, all of them are not
+    with contextlib.suppress(ConnectionError):  # each byte is in time, but not all of them
         for _ in range(100):
             connection.sendall(b"a")
             time.sleep(0.05)
@@ -346,12 +348,12 @@ def test_headers_that_do_not_come(serving, monkeypatch, before):
     assert status(other) == 200
 
 
-def test_a_connection_that_says_nothing_is_closed(serving, monkeypatch):
+def test_a_silent_connection_is_closed(serving, monkeypatch):
     monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
     assert status(serving()) is None
 
 
-def test_the_time_for_headers_is_not_that_of_the_answer(serving, monkeypatch):
+def test_the_timeout_of_the_headers_ends_with_them(serving, monkeypatch):
     monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
     connection = serving()
     data = png()
@@ -369,7 +371,7 @@ def test_health_at_the_limit(serving, monkeypatch):
     for connection in waiting:
         connection.sendall(UNFINISHED)
     until = time.monotonic() + 30
-    while True:  # until both were noticed
+    while True:  # until the server has noticed both
         further = serving()
         further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
         if (refused := status(further)) == 503:
@@ -393,7 +395,7 @@ def test_health_at_the_limit(serving, monkeypatch):
 
 @pytest.fixture(scope="module")
 def process(checkpoint, tmp_path_factory):
-    """A server process: its port, itself, and where its log goes."""
+    """The port, the process and the log file of a server."""
     log = tmp_path_factory.mktemp("server") / "log"
     words = [sys.executable, "-m", "teamnet_pl", "serve", "--ckpt_path", str(checkpoint)]
     with open(log, "w") as file:
@@ -412,7 +414,7 @@ def process(checkpoint, tmp_path_factory):
 
 @pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
 @pytest.mark.slow
-def test_a_process_lives_through_what_it_gets(process, team):
+def test_a_process_survives_hostile_requests(process, team):
     port, server, log = process
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         for data in hostile_files().values():
@@ -454,7 +456,7 @@ def test_a_process_lives_through_what_it_gets(process, team):
     "it answers the request, then ends",
 )
 @pytest.mark.slow
-def test_a_process_answers_what_it_has_before_it_ends(process):
+def test_a_process_answers_its_requests_before_it_ends(process):
     """The last test of the process."""
     port, server, log = process
     data = png()
