@@ -41,7 +41,7 @@ from results_file import save_results
 from teamnet_pl import Team
 from teamnet_pl.cli import main as teamnet
 from teamnet_pl.deploy import Predictor, Teammate
-from teamnet_pl.deploy.profile import Profile
+from teamnet_pl.deploy.runtime.profile import Profile
 
 CANARY = "import pathlib\nSPRUNG = True\ndef spring(*_, **__): pathlib.Path('PWNED').touch()\n"
 TOUCH = {"cmd": "touch PWNED"}

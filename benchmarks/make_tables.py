@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from teamnet_pl.cooperation.report import REPORT_HEADER, Report, report_lines
-from teamnet_pl.deploy.profile import HEADER as HEADER_OF_PROFILE
-from teamnet_pl.deploy.profile import Profile, profile_lines
+from teamnet_pl.deploy.runtime.profile import Profile
+from teamnet_pl.deploy.runtime.profile_report import HEADER as HEADER_OF_PROFILE
+from teamnet_pl.deploy.runtime.profile_report import profile_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

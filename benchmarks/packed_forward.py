@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
-from teamnet_pl.deploy.profile import peak_bytes
+from teamnet_pl.deploy.runtime.measuring import peak_bytes
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.elastic.streams import SkippableForward
 

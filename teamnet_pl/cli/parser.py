@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable
 from typing import NoReturn
@@ -38,8 +37,8 @@ def run_command(name: str, words: list[str]) -> None:
         name: The subcommand.
         words: The words of the command line after it.
     """
-    command = COMMANDS[name]
-    parser = SpellingParser(prog=f"teamnet {name}", description=summary(name))
+    command = COMMANDS[name].load()
+    parser = SpellingParser(prog=f"teamnet {name}", description=COMMANDS[name].summary)
     parser.add_argument("--config", action="config", help="Path to a YAML file of options.")
     parser.add_function_arguments(command, as_group=False)
     for action in parser._actions:
@@ -50,8 +49,3 @@ def run_command(name: str, words: list[str]) -> None:
         command(**{key: value for key, value in arguments.items() if key != "config"})
     except (OSError, ModuleNotFoundError, TeamNetError) as error:
         parser.error(str(error))
-
-
-def summary(name: str) -> str:
-    """Returns the first line of a subcommand's documentation."""
-    return (inspect.getdoc(COMMANDS[name]) or "").partition("\n")[0]

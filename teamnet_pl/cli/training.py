@@ -31,7 +31,7 @@ from teamnet_pl.checkpoints import (
     number_of_weights,
 )
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
-from teamnet_pl.cli.parser import SpellingParser, summary
+from teamnet_pl.cli.parser import SpellingParser
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
@@ -202,7 +202,7 @@ def run_training(args: ArgsType) -> None:
     Args:
         args: The words of the command line, or the values of the options.
     """
-    commands = "".join(f"\n  {name:20}{summary(name)}" for name in COMMANDS)
+    commands = "".join(f"\n  {name:20}{command.summary}" for name, command in COMMANDS.items())
     TeamCLI(
         Team,
         ImageDataModule,

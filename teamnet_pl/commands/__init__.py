@@ -1,17 +1,56 @@
-"""The command line's own subcommands: each is a function, and its arguments are the options."""
+"""The command line's own subcommands.
+
+Each is a function whose arguments are the options. It is imported only when it is run: `teamnet
+--help` needs none of them, and `teamnet blocks` no server.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
 
-from teamnet_pl.commands.blocks import show_blocks
-from teamnet_pl.commands.configs import list_configs
-from teamnet_pl.commands.export import export
-from teamnet_pl.commands.profile import profile_teammate
-from teamnet_pl.commands.serve import serve_teammate
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "blocks": show_blocks,
-    "configs": list_configs,
-    "profile": profile_teammate,
-    "serve": serve_teammate,
-    "export": export,
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        path: Import path of its function, ``module:name``.
+        summary: The first line of the function's docstring.
+    """
+
+    path: str
+    summary: str
+
+    def load(self) -> Callable[..., None]:
+        """Imports the function."""
+        module, _, name = self.path.partition(":")
+        function: Callable[..., None] = getattr(import_module(module), name)
+        return function
+
+
+COMMANDS = {
+    "blocks": Command(
+        "teamnet_pl.commands.blocks:show_blocks",
+        "Prints a backbone's skippable blocks and what each policy's depths cost.",
+    ),
+    "configs": Command(
+        "teamnet_pl.commands.configs:list_configs",
+        "Lists the configs that ``--config`` takes by name.",
+    ),
+    "profile": Command(
+        "teamnet_pl.commands.profile:profile_teammate",
+        "Measures the latency and memory of each depth of a Teammate on this machine.",
+    ),
+    "serve": Command(
+        "teamnet_pl.commands.serve:serve_teammate",
+        "Serves a Teammate's predictions over HTTP, each within a budget of time.",
+    ),
+    "export": Command(
+        "teamnet_pl.commands.export:export_teammate",
+        "Exports a Teammate to files for other programs, with a manifest of its depths.",
+    ),
 }
+"""The subcommands by name."""
+
+__all__ = ["COMMANDS", "Command"]

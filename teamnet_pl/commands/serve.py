@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from teamnet_pl.deploy import Predictor
-from teamnet_pl.deploy.images import MAX_PIXELS
+from teamnet_pl.deploy.runtime.predictor import Predictor
+from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS
 from teamnet_pl.optional import require
 
 
@@ -24,33 +24,33 @@ def serve_teammate(
     """Serves a Teammate's predictions over HTTP, each within a budget of time.
 
     ``POST /predict`` takes an image file as its body, and ``budget_ms``, ``depth`` or ``macs`` as
-    parameters. ``GET /health`` and ``GET /metrics`` (Prometheus) tell how the server is.
+    parameters. ``GET /health`` and ``GET /metrics`` (Prometheus) report the state of the server.
 
     Args:
         ckpt_path: The checkpoint.
-        teammate: ``a`` or ``b``.
-        device: Where to run it, such as ``cuda``.
-        profile: File that ``teamnet profile`` wrote; by default a few runs at the start tell.
+        teammate: Name of the Teammate, such as ``a``.
+        device: The device to run it on, such as ``cuda``.
+        profile: File that ``teamnet profile`` wrote; by default a few runs are timed at the start.
         depths: Names of the depths to choose from; by default all.
-        budget_ms: Budget of requests that name none, in milliseconds.
-        max_batch_size: Images at once.
-        max_body_bytes: Size of an image file that is accepted.
-        max_pixels: Size of an image that is accepted.
-        host: Address to listen at; 0.0.0.0 for all.
+        budget_ms: Budget of requests that do not give one, in milliseconds.
+        max_batch_size: Largest number of images that run at once.
+        max_body_bytes: Largest size of an image file in bytes.
+        max_pixels: Largest number of pixels of an image.
+        host: Address to listen at; 0.0.0.0 for all interfaces.
         port: Port to listen at; 0 for a free one.
         trust_import: Whether the checkpoint may name a backbone or a transform by import path,
-            which runs code: only for a file that you trust as you do code.
+            which runs code. Allow this only for a file that you trust as you trust code.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint of a team or has no such Teammate or depth, there is
-            no such device, the profile is of another net, a number is not positive, or the address
-            cannot be listened at.
+        TeamNetError: If the file is not a checkpoint of a team or has no such Teammate or depth,
+            there is no such device, the profile is of another net, a number is not positive, or the
+            server cannot listen at the address.
         ModuleNotFoundError: If the extra ``serve`` is not installed.
     """
-    server = require("teamnet_pl.deploy.server", "serve")
-    # First of all, or it would be found too late that the address cannot be had.
-    with server.listen(host, port) as taken:
+    server = require("teamnet_pl.deploy.serving.server", "serve")
+    # The address first: an error about it should not have to wait until the net is loaded.
+    with server.listen(host, port) as listener:
         predictor = Predictor.from_checkpoint(
             ckpt_path,
             teammate,
@@ -67,4 +67,4 @@ def serve_teammate(
             max_body_bytes=max_body_bytes,
             max_pixels=max_pixels,
         )
-        server.run(endpoints.app(), taken)
+        server.run(endpoints.app(), listener)

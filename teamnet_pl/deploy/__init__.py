@@ -1,26 +1,5 @@
-"""A trained net at work: a budget at run time decides its depth, or a depth becomes a file."""
+"""Using a trained net: it runs at the depth that a budget allows, or a depth becomes a file."""
 
-from teamnet_pl.deploy.export import save_executorch, save_program, save_weights
-from teamnet_pl.deploy.files import export_files
-from teamnet_pl.deploy.hub import Teammate
-from teamnet_pl.deploy.images import Preprocessing
-from teamnet_pl.deploy.int8 import onnx_accuracy, save_onnx_int8
-from teamnet_pl.deploy.onnx_file import save_onnx, save_onnx_all_depths
-from teamnet_pl.deploy.predictor import Prediction, Predictor
-from teamnet_pl.deploy.profile import Profile
+import lazy_loader
 
-__all__ = [
-    "Prediction",
-    "Predictor",
-    "Preprocessing",
-    "Profile",
-    "Teammate",
-    "export_files",
-    "onnx_accuracy",
-    "save_executorch",
-    "save_onnx",
-    "save_onnx_all_depths",
-    "save_onnx_int8",
-    "save_program",
-    "save_weights",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from teamnet_pl import data as data_modules
 from teamnet_pl.checkpoints import load_checkpoint, weights_digest
+from teamnet_pl.cooperation.configs import TeammateConfig
 from teamnet_pl.cooperation.report import REPORT_FILE, Report
 from teamnet_pl.cooperation.restoring import (
     RUN_KEY,
     restore_arguments,
     restore_config,
+    restore_member,
     team_content,
 )
 from teamnet_pl.cooperation.team import Team
@@ -30,18 +32,18 @@ from teamnet_pl.trust import Trust, naming
 
 
 def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
-    """Makes the preprocessing of the plain values in a file.
+    """Restores the preprocessing from the plain values in a file.
 
     Args:
         values: The fields of `PreprocessingConfig`.
-        trust: Whether transforms that are not torchvision's may be named.
+        trust: Whether the values may name transforms that are not torchvision's.
 
     Raises:
-        ValueError: If the values do not fit the fields or are not trusted.
+        TeamNetError: If the values do not fit the fields or are not trusted.
     """
     transform: Any = None
     if isinstance(values, Mapping):
-        # Apart from the others, since it names classes.
+        # Checked apart from the others, since it names classes.
         transform = values.get("transform")
         trust.check_transforms("preprocessing.transform", transform)
         values = {name: value for name, value in values.items() if name != "transform"}
@@ -51,15 +53,15 @@ def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
 
 
 def check_classes(source: object, classes: object, num_classes: int) -> None:
-    """Checks the names of classes that come from a file.
+    """Checks the names of the classes in a file.
 
     Args:
         source: The file, for messages.
-        classes: Should be None or as many texts.
+        classes: None, or a list with the name of each class.
         num_classes: Number of classes.
 
     Raises:
-        ValueError: If they are not.
+        TeamNetError: If it is neither.
     """
     if classes is None:
         return
@@ -79,12 +81,12 @@ class SavedTeam:
 
     Attributes:
         path: The file.
-        trust: What its values may name.
+        trust: What the values in the file may name.
         hyper_parameters: The arguments of the `Team`, as plain values.
-        weights: By name, on the CPU.
-        preprocessing: How images become the input of its nets; None if the file does not say.
+        weights: The weights by name, on the CPU.
+        preprocessing: How images become the input of the nets; None if the file does not say.
         classes: Names of the classes, in the order of the labels; None if the file does not say.
-        run: What else the file says about the run, unchecked.
+        run: The other values about the run in the file, unchecked.
     """
 
     path: Path
@@ -103,19 +105,19 @@ class SavedTeam:
         given: Mapping[str, Any] | None = None,
         map_location: str = "cpu",
     ) -> SavedTeam:
-        """Reads a checkpoint; nothing in it is run.
+        """Reads a checkpoint without running any code in it.
 
         Args:
             path: The file.
-            trust_import: Whether its values may name code and addresses: only for a file that you
-                trust as you do code.
-            given: Values that the user gave, by their dotted name: the same in the file are
+            trust_import: Whether its values may name code and addresses. Allow this only for a file
+                that you trust as you trust code.
+            given: Values that the user gave, by their dotted name. The same values in the file are
                 trusted.
-            map_location: Device that the weights go to.
+            map_location: Device that the weights are loaded to.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a checkpoint of a team, or is damaged.
+            TeamNetError: If the file is not a checkpoint of a team, or is damaged.
         """
         trust = Trust(path, trust_import, given)
         checkpoint = load_checkpoint(path, map_location)
@@ -131,21 +133,52 @@ class SavedTeam:
         return cls(Path(path), trust, values, weights, preprocessing, classes, run)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the `Team`, its members without weights to start from.
+        """Restores the arguments of the `Team`, without the files of pretrained weights.
 
         Raises:
-            ValueError: If a value does not fit or is not trusted.
+            TeamNetError: If a value does not fit or is not trusted.
         """
         return restore_arguments(Team, self.hyper_parameters, self.trust)
 
-    def data(self) -> dict[str, Any] | None:
-        """The data module as ``class_path`` and ``init_args``; None if the file does not say.
-
-        One that could download its data does so only if the user trusts the file, or asks for it by
-        a ``download`` of their own.
+    @property
+    def teammates(self) -> dict[str, Any]:
+        """The plain values of each Teammate's config, by the Teammate's name.
 
         Raises:
-            ValueError: If it is not of that form, or names something that is not trusted.
+            TeamNetError: If ``extra_teammates`` in the file is not a mapping.
+        """
+        first_two = {"a": self.hyper_parameters["a"], "b": self.hyper_parameters["b"]}
+        teammates = first_two | self._extra_teammates
+        return {name: values for name, values in teammates.items() if values}
+
+    @property
+    def _extra_teammates(self) -> dict[str, Any]:
+        return checked_extra_teammates(self.path, self.hyper_parameters.get("extra_teammates"))
+
+    def teammate(self, name: str) -> TeammateConfig:
+        """Restores the config of a Teammate, without the file of pretrained weights.
+
+        Args:
+            name: Name of the Teammate, such as ``a``.
+
+        Raises:
+            TeamNetError: If there is no such Teammate, or a value does not fit or is not trusted.
+        """
+        teammates = self.teammates
+        if name not in teammates:
+            names = ", ".join(map(str, teammates))
+            raise TeamNetError(f"The team in {self.path} has the Teammates {names}; found {name}.")
+        group = "model.extra_teammates" if name in self._extra_teammates else "model"
+        return restore_member(TeammateConfig, f"{group}.{name}", teammates[name], self.trust)
+
+    def data(self) -> dict[str, Any] | None:
+        """Returns the data module as ``class_path`` and ``init_args``; None if the file has none.
+
+        The data is downloaded only if the user trusts the file or gave ``download`` themselves.
+
+        Raises:
+            TeamNetError: If the entry does not have this form, or names something that is not
+                trusted.
         """
         data = self.run.get("data")
         if data is None:
@@ -160,22 +193,23 @@ class SavedTeam:
         return {"class_path": data["class_path"], "init_args": arguments}
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the run, as in a config of the command line; empty if there are none.
+        """Returns the settings of the run as in a config of the command line; may be empty.
 
         Raises:
-            ValueError: If one is not a number, a switch or a word, or no checkpoint may hold it.
+            TeamNetError: If a setting is not a number, a switch or a word, or is not one that a
+                checkpoint may hold.
         """
         settings = self.run.get("settings")
         return {} if settings is None else check_settings(self.path, settings)
 
     def data_module(self) -> ImageDataModule | None:
-        """Makes the data module that the team was trained on; no data is read yet.
+        """Makes the data module that the team was trained on, without reading any data yet.
 
         Returns:
-            The data module, or None if the file does not say.
+            The data module, or None if the file does not name one.
 
         Raises:
-            ValueError: If it cannot be made or is not trusted.
+            TeamNetError: If the data module cannot be made or is not trusted.
         """
         data = self.data()
         if data is None:
@@ -183,15 +217,15 @@ class SavedTeam:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(ImageDataModule, "data", required=True)
         try:
-            made: ImageDataModule = parser.instantiate(parser.parse_object({"data": data})).data
+            module: ImageDataModule = parser.instantiate(parser.parse_object({"data": data})).data
         except ArgumentError as error:
             raise TeamNetError(
-                f"The data that {self.path} names cannot be made: {error}"
+                f"The data module that {self.path} names cannot be made: {error}"
             ) from error
-        return made
+        return module
 
     def accuracies(self, teammate: str) -> tuple[dict[str, float], str | None]:
-        """The accuracies in ``per_depth.json`` beside the file, if they are of these very weights.
+        """Reads the accuracies beside the file, in ``per_depth.json``, if they are of its weights.
 
         Args:
             teammate: Name of the Teammate.
@@ -201,7 +235,7 @@ class SavedTeam:
             for the split if there are no accuracies.
 
         Raises:
-            ValueError: If ``per_depth.json`` is not a report of a team.
+            TeamNetError: If ``per_depth.json`` is not a report of a team.
         """
         path = self.path.parent / REPORT_FILE
         if not path.is_file():

@@ -44,7 +44,7 @@ def test_from_a_checkpoint_to_files(checkpoint, tmp_path, capsys):
         (["--formats", "[onnx]", "--teamate", "a"], "Did you mean teammate"),
     ],
 )
-def test_what_the_user_got_wrong_is_said(checkpoint, tmp_path, capsys, monkeypatch, words, message):
+def test_mistakes_are_reported(checkpoint, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "executorch", None)
     with pytest.raises(SystemExit) as stop:
         main(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path), *words])

@@ -16,8 +16,8 @@ def test_command(checkpoint, capsys):
     assert profile.depths == ["d7", "d5", "d2"]
     assert [(row.batch_size, row.depth) for row in profile.rows[2:4]] == [(1, "d2"), (2, "d7")]
     evaluated = json.loads((checkpoint.parent / "per_depth.json").read_text())
-    accuracies = {own["depth"]: own["accuracy"] for own in evaluated if own["net"] == "b"}
-    assert {own.depth: own.accuracy for own in profile.rows} == accuracies
+    accuracies = {row["depth"]: row["accuracy"] for row in evaluated if row["net"] == "b"}
+    assert {row.depth: row.accuracy for row in profile.rows} == accuracies
     assert profile.split == "test"
     assert (checkpoint.parent / "profile_b_cpu.png").stat().st_size > 10_000
 
@@ -26,7 +26,7 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(checkpoint.read_bytes())
     main(["profile", "--ckpt_path", str(alone), "--batch_sizes", "[1]", "--runs", "1"])
-    assert "Without accuracies of these weights: `teamnet test`" in " ".join(
+    assert "There are no accuracies of these weights: `teamnet test`" in " ".join(
         capsys.readouterr().out.split()
     )
     assert Profile.load(tmp_path / "profile_a_cpu.json").split is None
@@ -38,13 +38,13 @@ def test_command_without_an_evaluation(checkpoint, tmp_path, capsys):
     [
         (["--teammate", "c"], "has the Teammates a, b; found c"),
         (["--device", "gpu"], "cannot be put on 'gpu'"),
-        (["--batch_sizes", "[]"], "batch_sizes must be 1 or more each, found []"),
-        (["--batch_sizes", "[0]"], "batch_sizes must be 1 or more each, found [0]"),
+        (["--batch_sizes", "[]"], "batch_sizes must be one or more positive numbers, found []"),
+        (["--batch_sizes", "[0]"], "batch_sizes must be one or more positive numbers, found [0]"),
         (["--runs", "0"], "runs must be at least 1, found 0"),
         (["--ckpt_path", "nothing.ckpt"], "There is no file nothing.ckpt"),
     ],
 )
-def test_what_the_user_got_wrong_is_said(checkpoint, words, message, capsys):
+def test_mistakes_are_reported(checkpoint, words, message, capsys):
     with pytest.raises(SystemExit):
         main(["profile", "--ckpt_path", str(checkpoint), *words])
     error = " ".join(capsys.readouterr().err.split())

@@ -5,17 +5,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from teamnet_pl.cli import main
-from teamnet_pl.commands import serve_teammate
+from teamnet_pl.commands.serve import serve_teammate
 from teamnet_pl.deploy import Predictor
 
 
 def test_options_reach_the_server(checkpoint, monkeypatch):
     started = {}
 
-    def run(app, taken):
-        started.update(app=app, address=taken.getsockname())
+    def run(app, listener):
+        started.update(app=app, address=listener.getsockname())
 
-    monkeypatch.setattr("teamnet_pl.deploy.server.run", run)
+    monkeypatch.setattr("teamnet_pl.deploy.serving.server.run", run)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     make, options = Predictor.from_checkpoint, {}
@@ -31,18 +31,18 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
     assert started["address"] == ("127.0.0.1", port)
     assert options["batch_sizes"] == (1, 5)
     with TestClient(started["app"]) as client:
-        found = client.get("/health").json()
-        assert (list(found["depths"]), found["budget_ms"]) == (["d4", "d0"], 250)
+        health = client.get("/health").json()
+        assert (list(health["depths"]), health["budget_ms"]) == (["d4", "d0"], 250)
         assert "3 are allowed" in client.post("/predict", content=b"four").json()["error"]
 
 
 @pytest.mark.fault("the extra `serve` is not installed", "an error that names it")
 @pytest.mark.parametrize("name", ["uvicorn", "starlette", "prometheus_client"])
-def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
+def test_missing_libraries_are_reported(checkpoint, monkeypatch, name):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.server")
+    monkeypatch.delitem(sys.modules, "teamnet_pl.deploy.serving.server")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'teamnet_pl\[serve\]'"):
         serve_teammate(str(checkpoint))
 
@@ -59,10 +59,10 @@ def test_what_is_not_installed_is_said(checkpoint, monkeypatch, name):
         ("192.0.2.1", 0, "cannot listen at 192.0.2.1, port 0: Cannot assign"),
     ],
 )
-def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
-    """Found before the checkpoint is read, which is not there."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1] if port is None else port
+def test_an_address_that_is_not_available(capsys, tmp_path, host, port, message):
+    """Reported before the checkpoint is read, which does not exist."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1] if port is None else port
         with pytest.raises(SystemExit) as ending:
             main(["serve", "--ckpt_path", str(tmp_path), "--host", host, "--port", str(port)])
     assert ending.value.code == 2
@@ -72,7 +72,7 @@ def test_an_address_that_cannot_be_had(capsys, tmp_path, host, port, message):
 @pytest.mark.fault("a device that this machine does not have", "one sentence, status 2")
 @pytest.mark.parametrize("command", ["serve", "profile"])
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps:7", ""])
-def test_a_device_that_cannot_be_had(checkpoint, capsys, device, command):
+def test_a_device_that_is_not_available(checkpoint, capsys, device, command):
     port = ["--port", "0"] if command == "serve" else []
     with pytest.raises(SystemExit) as ending:
         main([command, "--ckpt_path", str(checkpoint), "--device", device, *port])

@@ -1,4 +1,4 @@
-"""A checkpoint is all that a trained net needs: the same numbers at work as in training."""
+"""A checkpoint is all that a trained net needs: its numbers are the same as in training."""
 
 import csv
 import json
@@ -10,8 +10,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.deploy.checkpoint import SavedTeam
+from teamnet_pl.trust import Trust
 
 NAMES = [str(number) for number in range(12)]  # sorted as texts: folder 10 is label 2
 BRIGHTNESS = dict(zip(NAMES, np.linspace(10, 110, 12), strict=True))  # far from ImageNet's
@@ -19,7 +21,7 @@ CHECKPOINT = "logs/version_0/checkpoints/best.ckpt"
 
 
 def paint(root, split, count, endings=("png",)):
-    """Images of two sizes, a class as bright as its folder says."""
+    """Saves images of two sizes, whose brightness depends on the class."""
     random = np.random.default_rng(len(split))
     for name, brightness in BRIGHTNESS.items():
         folder = root / split / name
@@ -33,7 +35,7 @@ def paint(root, split, count, endings=("png",)):
 
 @pytest.fixture(scope="module")
 def fitted(cli, tmp_path_factory):
-    """Folder of a run on folders of images, measured; its data is no longer there."""
+    """Folder of a finished run on folders of images, whose data has been moved away."""
     folder = tmp_path_factory.mktemp("run")
     paint(folder / "images", "train", 12)
     paint(folder / "images", "test", 4, ("png", "ppm", "pgm", "bmp"))
@@ -77,7 +79,7 @@ def test_predictions_of_the_command_line_have_names(fitted):
     with open((fitted / CHECKPOINT).with_name("predictions.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
-    # In the order of the labels, that is, of the names as texts.
+    # In the order of the labels, which is that of the names as texts.
     files, _ = images_of(fitted)
     files = sorted(files, key=lambda file: (file.parent.name, file.name))
     names = predictor.predict(files, depth="d7").names
@@ -88,7 +90,7 @@ def test_predictions_of_the_command_line_have_names(fitted):
 def test_a_server_names_the_class(fitted):
     from starlette.testclient import TestClient
 
-    from teamnet_pl.deploy.server import Server
+    from teamnet_pl.deploy.serving.server import Server
 
     predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
     files, _ = images_of(fitted)
@@ -104,7 +106,7 @@ def test_a_server_names_the_class(fitted):
     "profile and export work from the checkpoint alone",
 )
 def test_commands_do_without_the_data(cli, fitted, tmp_path):
-    """Which is not there, nor is the folder of the run."""
+    """Neither the data nor the folder of the run is there."""
     shutil.copy(fitted / CHECKPOINT, tmp_path / "team.ckpt")
     cli(tmp_path, "profile", "--ckpt_path", "team.ckpt", "--runs", 1, tiny=False)
     formats = "[safetensors,hub]"
@@ -144,7 +146,7 @@ def test_other_classes_are_refused(cli, fitted, tmp_path, capsys, command):
 
 
 def test_weights_alone(cli, fitted, tmp_path):
-    """`save_weights_only` leaves all that a net needs."""
+    """`save_weights_only` keeps everything that a trained net needs."""
     options = ["--checkpoint.save_weights_only", "true"]
     cli(tmp_path, "fit", *options)
     checkpoint = tmp_path / CHECKPOINT
@@ -156,7 +158,7 @@ def test_weights_alone(cli, fitted, tmp_path):
 
 @pytest.mark.fault("per_depth.json is not a report", "an error that names the file")
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"net": "a"}]', "[" * 5000])
-def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, content):
+def test_a_file_beside_the_checkpoint_that_is_not_a_report(checkpoint, tmp_path, content):
     shutil.copy(checkpoint, tmp_path / "team.ckpt")
     (tmp_path / "per_depth.json").write_text(content)
     try:
@@ -165,8 +167,88 @@ def test_a_report_beside_the_checkpoint_that_is_none(checkpoint, tmp_path, conte
         assert "per_depth.json is not a report of a team" in str(error)  # noqa: PT017
 
 
-def test_data_with_other_statistics_is_said(cli, fitted, tmp_path):
-    """Those of ImageNet, while the team was trained with the data's own."""
+def test_data_with_other_statistics_causes_a_warning(cli, fitted, tmp_path):
+    """ImageNet's statistics, while the team was trained with those of its data."""
     options = ["--data.root", fitted / "moved", "--data.statistics", "imagenet"]
     with pytest.warns(UserWarning, match=r"predicts, with mean .*; this data has mean \[0\.485"):
         cli(tmp_path, "test", "--ckpt_path", fitted / CHECKPOINT, *options, tiny=False)
+
+
+# Any number of Teammates
+
+
+@pytest.fixture(scope="module")
+def with_extra(checkpoint, tmp_path_factory):
+    """Saves a checkpoint with further Teammates, each with the weights of Teammate b."""
+
+    def save(**extra):
+        content = torch.load(checkpoint, weights_only=True)
+        values, weights = content["hyper_parameters"], content["state_dict"]
+        values["extra_teammates"] = {name: values["b"] | changes for name, changes in extra.items()}
+        of_b = {k: v for k, v in weights.items() if k.startswith("teammates.b.")}
+        for name in extra:
+            weights |= {k.replace(".b.", f".{name}.", 1): v for k, v in of_b.items()}
+        path = tmp_path_factory.mktemp("extra") / "team.ckpt"
+        torch.save(content, path)
+        return path
+
+    return save
+
+
+def test_teammates_by_name(checkpoint, with_extra):
+    values = SavedTeam.read(checkpoint).hyper_parameters
+    assert SavedTeam.read(checkpoint).teammates == {"a": values["a"], "b": values["b"]}
+    assert list(SavedTeam.read(with_extra(c={}, small={})).teammates) == ["a", "b", "c", "small"]
+
+
+def test_a_third_teammate(cli, checkpoint, with_extra, tmp_path):
+    path = with_extra(c={"depths": [7, 1]})
+    teammate, b = Teammate.from_checkpoint(path, "c"), Teammate.from_checkpoint(checkpoint, "b")
+    assert [depth.name for depth in teammate.depths] == ["d7", "d1"]
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), teammate.at("d7"), b.at("d7"):
+        assert torch.equal(teammate(images), b(images))
+    words = ["--ckpt_path", path, "--teammate", "c"]
+    cli(tmp_path, "profile", *words, "--runs", 1, tiny=False)
+    assert (path.parent / "profile_c_cpu.json").is_file()
+    cli(tmp_path, "export", *words, "--out", "out", "--formats", "[safetensors]", tiny=False)
+    assert (tmp_path / "out/d1.safetensors").is_file()
+
+
+def test_no_such_teammate(with_extra):
+    with pytest.raises(ValueError, match="has the Teammates a, b, c; found d"):
+        Teammate.from_checkpoint(with_extra(c={}), "d")
+
+
+def test_values_of_a_third_teammate_are_not_trusted(with_extra):
+    path = with_extra(c={"name": "subprocess.getoutput"})
+    with pytest.raises(ValueError, match=r"import path.*model\.extra_teammates\.c\.name"):
+        Teammate.from_checkpoint(path, "c")
+
+
+def test_further_teammates_that_are_not_a_mapping(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["extra_teammates"] = ["c"]
+    torch.save(content, tmp_path / "team.ckpt")
+    with pytest.raises(ValueError, match=r"extra_teammates must be a mapping, found \['c'\]"):
+        Teammate.from_checkpoint(tmp_path / "team.ckpt")
+
+
+def test_a_checkpoint_is_read_once_with_one_trust(checkpoint, monkeypatch):
+    made, read = [], []
+
+    def load(path, *args):
+        read.append(path)
+        return load_checkpoint(path, *args)
+
+    class CountedTrust(Trust):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    for module in ("checkpoint", "teammate", "runtime.preprocessing"):
+        monkeypatch.setattr(f"teamnet_pl.deploy.{module}.Trust", CountedTrust)
+    monkeypatch.setattr("teamnet_pl.deploy.checkpoint.load_checkpoint", load)
+    Predictor.from_checkpoint(checkpoint)
+    assert read == [checkpoint]
+    assert len(made) == 1

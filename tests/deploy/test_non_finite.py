@@ -37,7 +37,7 @@ def test_loading(poisoned, load):
         load(poisoned)
 
 
-def test_the_other_teammate_is_not_concerned(poisoned):
+def test_the_other_teammate_is_not_affected(poisoned):
     assert Teammate.from_checkpoint(poisoned, "b").backbone.fc.weight.isfinite().all()
 
 

@@ -1,0 +1,488 @@
+"""The endpoints, and a server process that receives hostile requests."""
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+from starlette.testclient import TestClient
+
+from teamnet_pl.deploy import Predictor
+from teamnet_pl.deploy.runtime.predictor import NonFiniteError
+from teamnet_pl.deploy.serving import server as module
+from teamnet_pl.deploy.serving.batcher import OverloadedError
+from teamnet_pl.deploy.serving.server import Server
+from tests.helpers.deploy import encoded, hostile_files
+
+
+def png(seed=0, size=8):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels))
+
+
+def probabilities(team, depth, data):
+    """Those of the plain net, for pixels normalized by hand with the data's statistics."""
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).float() / 255
+    with torch.no_grad():
+        plain = team.teammates["a"].extract(depth).eval()
+        return plain((pixels[None, None] - 0.3053) / 0.3760).softmax(-1)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return Predictor.from_checkpoint(checkpoint)
+
+
+@pytest.fixture
+def client(predictor):
+    with TestClient(
+        Server(predictor, budget_ms=5000).app(), raise_server_exceptions=False
+    ) as client:
+        yield client
+
+
+def test_each_depth_is_the_extracted_net(client, team):
+    for depth in ("d7", "d4", "d0"):
+        content = client.post(f"/predict?depth={depth}", content=png()).json()
+        expected = probabilities(team, depth, png())
+        assert content["depth"] == depth
+        assert content["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert content["label"] == int(np.argmax(expected))
+        assert content["class"] == str(content["label"])
+        assert content["latency_ms"] > content["waited_ms"] >= 0
+
+
+def test_budgets(client, predictor):
+    assert client.post("/predict", content=png()).json()["depth"] == "d7"  # 5 s are plenty
+    assert client.post("/predict?budget_ms=1e-6", content=png()).json()["depth"] == "d0"
+    macs = predictor.macs["d4"]
+    assert client.post(f"/predict?macs={macs}", content=png()).json()["depth"] == "d4"
+    assert client.post(f"/predict?macs={macs}&budget_ms=9000", content=png()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("budget_ms=0", "budget_ms must be a positive number of milliseconds, found 0.0"),
+        ("budget_ms=nan", "must be a positive number"),
+        ("budget_ms=fast", "budget_ms must be a number (float), found 'fast'"),
+        ("macs=1.5", "macs must be a number (int), found '1.5'"),
+        ("macs=1", "shallowest depth takes"),
+        ("macs=99999999&depth=d7", "one of macs and depth"),
+        ("depth=d9", "depths d7, d4, d0; found d9"),
+        ("budget=1", "parameters budget_ms, macs, depth; found budget"),
+    ],
+)
+def test_a_query_that_makes_no_sense(client, query, message):
+    response = client.post(f"/predict?{query}", content=png())
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+
+
+@pytest.mark.fault(
+    "a request's body is not an image, or a hostile one",
+    "400 with the reason; the server goes on",
+)
+def test_bodies_that_are_not_images(client):
+    for data in hostile_files().values():
+        response = client.post("/predict", content=data)
+        assert response.status_code == 400
+        assert response.json()["error"].startswith("The image: ")
+    response = client.post("/predict", content=png(size=9))
+    assert response.status_code == 400
+    assert "shape (1, 9, 9)" in response.json()["error"]
+    assert client.post("/predict", content=png()).status_code == 200
+
+
+@pytest.mark.fault("a request's body or image is too large", "413 or 400, before it is decoded")
+def test_limits(predictor):
+    size = len(png())
+    with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
+        assert client.post("/predict", content=png()).status_code == 200
+        response = client.post("/predict", content=png() + b"0")
+        assert response.status_code == 413
+        assert f"{size + 1} bytes; {size} are allowed" in response.json()["error"]
+        chunks = iter([png(), b"0"])  # without a Content-Length
+        assert client.post("/predict", content=chunks).status_code == 413
+    with TestClient(Server(predictor, max_pixels=63).app()) as client:
+        response = client.post("/predict", content=png())
+        assert response.status_code == 400
+        assert "8x8 pixels, 63 are allowed" in response.json()["error"]
+
+
+def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
+    async def stream():
+        for _ in range(10):
+            yield bytes(30)
+
+    server = Server(predictor, max_body_bytes=100)
+    body, size = asyncio.run(server._read(SimpleNamespace(stream=stream)))
+    assert (len(body), size) == (90, 300)
+
+
+@pytest.mark.fault("many large images arrive at once", "decoded one for each core at a time")
+def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    server = Server(predictor, budget_ms=60_000)
+    decode, now, most = server._image, [], []
+
+    def slow(body):
+        now.append(body)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return decode(body)
+
+    monkeypatch.setattr(server, "_image", slow)
+    with TestClient(server.app()) as client, ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda _: client.post("/predict", content=png()), range(8))
+        assert {answer.status_code for answer in answers} == {200}
+    assert most == [1] * 8
+
+
+def test_other_paths_and_methods(client):
+    assert client.get("/nothing").status_code == 404
+    assert client.get("/predict").status_code == 405
+    assert client.get("/nothing").json() == {"error": "Not Found"}
+
+
+def test_health(client, predictor):
+    response = client.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {
+        "status": "ok",
+        "depths": predictor.macs,
+        "input_shape": [1, 8, 8],
+        "classes": [str(digit) for digit in range(10)],
+        "budget_ms": 5000,
+    }
+
+
+def samples(client):
+    """Metrics as Prometheus reads them."""
+    text = client.get("/metrics").text
+    return {k: float(v) for k, v in re.findall(r"^([^#\s]+(?:{.*})?) (\S+)$", text, re.MULTILINE)}
+
+
+def test_metrics(client, predictor):
+    for _ in range(3):
+        client.post("/predict?depth=d4", content=png())
+    client.post("/predict", content=b"no image")
+    metrics = samples(client)
+    assert metrics['teamnet_requests_total{status="200"}'] == 3
+    assert metrics['teamnet_requests_total{status="400"}'] == 1
+    assert metrics['teamnet_latency_seconds_count{depth="d4"}'] == 3
+    assert 0 < metrics['teamnet_latency_seconds_sum{depth="d4"}'] < 60
+    assert metrics["teamnet_batch_size_count"] == 3
+    assert metrics["teamnet_waiting"] == 0
+    assert metrics["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
+
+
+@pytest.mark.fault("the thread that runs the net has died", "`/health` answers 503")
+def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
+    async def run(_):
+        raise RuntimeError
+
+    monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.run", run)
+    with TestClient(Server(predictor).app()) as client:
+        response = client.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
+
+
+@pytest.mark.fault("the net fails on a batch", "500 for that batch; the server goes on")
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch, error):
+    def run(*_):
+        raise error("out of memory")
+
+    monkeypatch.setattr(predictor, "run", run)
+    response = client.post("/predict", content=png())
+    assert (response.status_code, response.json()) == (
+        500,
+        {"error": "The server failed; its log has the details."},
+    )
+    monkeypatch.undo()
+    assert client.post("/predict", content=png()).status_code == 200
+    assert samples(client)['teamnet_requests_total{status="500"}'] == 1
+
+
+@pytest.mark.fault("more requests than the shallowest depth keeps up with", "503 with Retry-After")
+def test_overload(client, monkeypatch):
+    def refuse(*_):
+        raise OverloadedError("too much")
+
+    monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.admit", refuse)
+    response = client.post("/predict", content=b"no image")  # which is not even decoded
+    assert (response.status_code, response.json()) == (503, {"error": "too much"})
+    assert response.headers["Retry-After"] == "1"
+    assert samples(client)['teamnet_requests_total{status="503"}'] == 1
+
+
+def answer_to(app, receive):
+    """Status and error of the answer to a POST whose body `receive` delivers."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/predict",
+        "query_string": b"",
+        "headers": [],
+    }
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
+
+
+@pytest.mark.fault("a request's body does not arrive", "408 after ten seconds")
+def test_a_body_that_does_not_arrive(predictor, monkeypatch):
+    monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    status, error = answer_to(Server(predictor).app(), receive)
+    assert (status, error) == (408, "The body did not arrive within 0.05 s.")
+
+
+@pytest.mark.fault("a request's body ends too early", "400")
+def test_a_body_that_ends_too_early(predictor):
+    messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    status, error = answer_to(Server(predictor).app(), receive)
+    assert (status, error) == (400, "The body ended too early.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_ms": 0}, "budget_ms must be a positive"),
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
+        ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
+        ({"max_pixels": -1}, "max_pixels must be at least 1"),
+    ],
+)
+def test_options_out_of_range(predictor, options, message):
+    with pytest.raises(ValueError, match=message):
+        Server(predictor, **options)
+
+
+# Real sockets
+
+
+@pytest.fixture
+def serving(predictor, monkeypatch):
+    """Serves in a thread; returns a function that connects to it."""
+    servers = []
+
+    class Recorded(uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(uvicorn, "Server", Recorded)
+    listener = module.listen("127.0.0.1", 0)
+    address = listener.getsockname()
+    app = Server(predictor, budget_ms=60_000).app()
+    thread = threading.Thread(target=module.run, args=(app, listener))
+    thread.start()
+    with contextlib.ExitStack() as connections:
+        yield lambda: connections.enter_context(socket.create_connection(address, timeout=30))
+    servers[0].should_exit = True
+    thread.join(30)
+    listener.close()
+    assert not thread.is_alive()
+
+
+def status(connection):
+    """Status of the next answer, or None if the connection was closed instead."""
+    line = connection.recv(4096).partition(b"\r\n")[0]
+    return int(line.split()[1]) if line else None
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
+
+
+@pytest.mark.fault(
+    "a request's headers do not arrive", "the connection is closed after ten seconds"
+)
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_headers_that_do_not_arrive(serving, monkeypatch, before):
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.5)
+    connection = serving()
+    if before:
+        connection.sendall(before)
+        assert status(connection) == 200
+    begin = time.monotonic()
+    connection.sendall(b"GET /health HTTP/1.1\r\n")
+    with contextlib.suppress(ConnectionError):  # each byte is in time, but not all of them
+        for _ in range(100):
+            connection.sendall(b"a")
+            time.sleep(0.05)
+    assert time.monotonic() - begin < 4
+    other = serving()
+    other.sendall(HEALTH)
+    assert status(other) == 200
+
+
+def test_a_silent_connection_is_closed(serving, monkeypatch):
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
+    assert status(serving()) is None
+
+
+def test_the_timeout_of_the_headers_ends_with_them(serving, monkeypatch):
+    monkeypatch.setattr(module, "HEADERS_TIMEOUT_S", 0.2)
+    connection = serving()
+    data = png()
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode())
+    time.sleep(0.6)
+    connection.sendall(data)
+    assert status(connection) == 200
+
+
+@pytest.mark.fault("as many requests at once as are allowed", "503; `/health` still answers")
+def test_health_at_the_limit(serving, monkeypatch):
+    monkeypatch.setattr(module, "MAX_REQUESTS", 2)
+    waiting = [serving(), serving()]
+    for connection in waiting:
+        connection.sendall(UNFINISHED)
+    until = time.monotonic() + 30
+    while True:  # until the server has noticed both
+        further = serving()
+        further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        if (refused := status(further)) == 503:
+            break
+        assert (refused, time.monotonic() < until) == (400, True)
+    healthy = serving()
+    healthy.sendall(HEALTH)
+    assert status(healthy) == 200
+    for connection in waiting:
+        connection.close()
+    while True:
+        further = serving()
+        further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        if status(further) == 400:  # an empty body is not an image: there is room again
+            break
+        assert time.monotonic() < until
+
+
+# A process
+
+
+@pytest.fixture(scope="module")
+def process(checkpoint, tmp_path_factory):
+    """The port, the process and the log file of a server."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    words = [sys.executable, "-m", "teamnet_pl", "serve", "--ckpt_path", str(checkpoint)]
+    with open(log, "w") as file:
+        server = subprocess.Popen([*words, "--port", "0", "--budget_ms", "60000"], stderr=file)
+    try:
+        until = time.monotonic() + 120
+        while not (match := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield int(match[1]), server, log
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
+@pytest.mark.slow
+def test_a_process_survives_hostile_requests(process, team):
+    port, server, log = process
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        for data in hostile_files().values():
+            assert client.post("/predict", content=data).status_code == 400
+        assert client.post("/predict", content=bytes(2**25)).status_code == 413
+        endless = (bytes(2**16) for _ in range(2**8))  # without a Content-Length
+        assert client.post("/predict", content=endless).status_code == 413
+    for raw in (
+        b"no HTTP\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nshort",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\n" + b"a: " + b"b" * 2**18,
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(4096)
+            assert answer == b"" or b" 400 " in answer.splitlines()[0]
+
+    images = [png(seed) for seed in range(32)]
+
+    def send(data):
+        return httpx2.post(f"http://127.0.0.1:{port}/predict", content=data, timeout=60)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(send, images))
+    assert {answer.status_code for answer in answers} == {200}
+    for data, answer in zip(images, answers, strict=True):
+        content = answer.json()
+        expected = probabilities(team, content["depth"], data)
+        assert content["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert server.poll() is None
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.fault(
+    "a server is told to end (SIGTERM) within a request",
+    "it answers the request, then ends",
+)
+@pytest.mark.slow
+def test_a_process_answers_its_requests_before_it_ends(process):
+    """The last test of the process."""
+    port, server, log = process
+    data = png()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = f"Host: a\r\nExpect: 100-continue\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(b"POST /predict HTTP/1.1\r\n" + head.encode())
+        assert b" 100 " in connection.recv(4096)  # it waits for the body
+        server.send_signal(signal.SIGTERM)
+        while "Shutting down" not in log.read_text():
+            time.sleep(0.05)
+        connection.sendall(data)
+        assert b" 200 " in connection.recv(4096).splitlines()[0]
+    server.wait(60)
+
+
+def test_an_output_that_is_not_finite_is_an_error(client, predictor, monkeypatch):
+    assert client.get("/health").json()["status"] == "ok"
+    view = predictor._views["d4"]
+    broken = torch.nn.Sequential(view, torch.nn.Threshold(torch.inf, torch.nan))
+    monkeypatch.setitem(predictor._views, "d4", broken)
+    response = client.post("/predict?depth=d4", content=png())
+    assert response.status_code == 500
+    health = client.get("/health")
+    assert health.status_code == 503
+    assert health.json()["status"] == "the last output is not finite"
+    with pytest.raises(NonFiniteError, match="output at d4 is not finite"):
+        predictor.predict(png(), depth="d4")
+    assert client.post("/predict?depth=d7", content=png()).status_code == 200
+    assert client.get("/health").json()["status"] == "ok"
