@@ -2,20 +2,8 @@
 
 from importlib.metadata import version
 
-from teamnet_pl.backbones import BackboneConfig
-from teamnet_pl.cooperation import Cooperation, LeaderConfig, Team, TeammateConfig
-from teamnet_pl.elastic import Depth, ElasticNet
-from teamnet_pl.errors import TeamNetError
+import lazy_loader
 
-__all__ = [
-    "BackboneConfig",
-    "Cooperation",
-    "Depth",
-    "ElasticNet",
-    "LeaderConfig",
-    "Team",
-    "TeamNetError",
-    "TeammateConfig",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = version("teamnet_pl")

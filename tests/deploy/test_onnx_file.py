@@ -44,7 +44,7 @@ def test_a_file_for_each_depth_and_one_for_all(nets, net, files):
         for batch in (nets.images(1), nets.images(4)):
             expected = nets.logits_at(net, depth, batch)
             close(nets.run_onnx(own, batch), expected)
-            close(nets.run_onnx(one, batch, depth=depth.blocks), expected)
+            close(nets.run_onnx(one, batch, depth=depth.num_blocks), expected)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def shared(nets, tmp_path_factory):
 @example(limit=0, count=1, seed=0)
 def test_the_deepest_depth_within_the_limit_runs(nets, shared, limit, count, seed):
     net, path = shared
-    fits = [depth for depth in net.depths if depth.blocks <= limit] or [net.depths[-1]]
+    fits = [depth for depth in net.depths if depth.num_blocks <= limit] or [net.depths[-1]]
     batch = nets.images(count, seed)
     close(nets.run_onnx(path, batch, depth=limit), nets.logits_at(net, fits[0], batch))
 
