@@ -36,7 +36,7 @@ import torchvision
 from results_file import save_results
 from torch import Tensor, nn
 
-from teamnet_pl.backbones import BackboneConfig, create_backbone, own_input_shape
+from teamnet_pl.backbones import BackboneConfig, create_backbone, default_input_shape
 from teamnet_pl.elastic import ElasticNet
 
 CLASSES = 10
@@ -114,7 +114,7 @@ def examine(name: str) -> dict[str, Any]:
 
 def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """Makes a model for small images, if it is made for one size, and finds one that it takes."""
-    own = own_input_shape(BackboneConfig(name))
+    own = default_input_shape(BackboneConfig(name))
     for size in (64, 128, 224, None):
         options = {"img_size": size} if size else {}
         try:
@@ -147,7 +147,7 @@ def packed_differs(net: ElasticNet, plain: nn.Module, images: Tensor) -> tuple[f
         twin = copy.deepcopy(plain)
         for block, kept in zip(net.blocks, depth.kept, strict=True):
             if not kept:
-                twin.get_submodule(block.name).forward = partial(skip, block.hands_on)
+                twin.get_submodule(block.name).forward = partial(skip, block.passthrough)
         output = twin(images)
         (output * own).sum().backward()
         outputs.append(output.detach())
@@ -162,9 +162,9 @@ def packed_differs(net: ElasticNet, plain: nn.Module, images: Tensor) -> tuple[f
     return distance(logits.detach(), torch.stack(outputs)), apart
 
 
-def skip(hands_on: int, *args: Any, **_: Any) -> Any:
+def skip(passthrough: int, *args: Any, **_: Any) -> Any:
     """What a skipped block returns."""
-    return args[:hands_on] if hands_on else args[0]
+    return args[:passthrough] if passthrough else args[0]
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace, case: Case, folder: Path) -> dict[str, Any
         save_onnx(net, depth, own_path)
         save_onnx_int8(own_path, int8_path, [torch.randn(8, 3, case.size, case.size)])
         own, int8 = session(own_path, args.threads), session(int8_path, args.threads)
-        both = inputs | {"depth": np.array(depth.blocks)}
+        both = inputs | {"depth": np.array(depth.num_blocks)}
         logits = [one.run(None, both)[0], own.run(None, inputs)[0]]
         one_ms, own_ms, int8_ms = times(
             [bound(one, **both), bound(own, **inputs), bound(int8, **inputs)],

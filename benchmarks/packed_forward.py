@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from teamnet_pl.backbones import BackboneConfig, create_backbone
 from teamnet_pl.deploy.runtime.measuring import peak_bytes
 from teamnet_pl.elastic import ElasticNet
-from teamnet_pl.elastic.streams import SkippableForward
+from teamnet_pl.elastic.forwards import SkippableForward
 
 
 @dataclass
@@ -135,7 +135,8 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
         "packed_ms": [1000 * t for t in times["packed"]],
         "checkpointed_ms": [1000 * t for t in times["checkpointed"]],
         "speedup": speedup,
-        "blocks_ratio": sum(d.blocks for d in net.depths) / sum(fork.run for fork in forks),
+        "blocks_ratio": sum(d.num_blocks for d in net.depths)
+        / sum(fork.num_running for fork in forks),
         "ceiling": ceiling,
         "share_of_ceiling": speedup / ceiling,
         "checkpointed_time_ratio": median["checkpointed"] / median["packed"],

@@ -200,7 +200,7 @@ def test_own_classes_from_python(own_team, own_nets):
             load(own_team)
         load(own_team, trust_import=True)
     own = TeammateConfig("own_nets.GroupNormNet", {"width": 4}, depths=3)
-    assert Team.load_from_checkpoint(own_team, a=own).elastic_nets["a"].depths[0].blocks == 4
+    assert Team.load_from_checkpoint(own_team, a=own).elastic_nets["a"].depths[0].num_blocks == 4
 
 
 @pytest.mark.parametrize("kind", [getattr(data, name) for name in data.__all__])

@@ -1,7 +1,5 @@
 """Backbones by name: plain nets that map a batch of images to logits."""
 
-from teamnet_pl.backbones.cifar_resnet import CifarResNet
-from teamnet_pl.backbones.create import BackboneConfig, create_backbone, own_input_shape
-from teamnet_pl.backbones.wide_resnet import WideResNet
+import lazy_loader
 
-__all__ = ["BackboneConfig", "CifarResNet", "WideResNet", "create_backbone", "own_input_shape"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

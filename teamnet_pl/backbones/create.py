@@ -1,4 +1,7 @@
-"""From a name to a backbone."""
+"""Making a backbone from its name.
+
+Neither torchvision nor timm is imported until a backbone of theirs is made.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import timm
-import torchvision
 from torch import nn
 
-from teamnet_pl.backbones.adapting import adapt_weights
-from teamnet_pl.backbones.cifar_resnet import CifarResNet
-from teamnet_pl.backbones.from_torchvision import small_image_resnet, torchvision_model
-from teamnet_pl.backbones.wide_resnet import WideResNet
-from teamnet_pl.checkpoints import load_checkpoint
+from teamnet_pl.backbones.adapt import adapt_weights
 from teamnet_pl.errors import TeamNetError
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # not in Python 3.10's typing
 
+_Factory = Callable[..., nn.Module]
+
 _WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
-_RESNETS = [
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if torchvision.models.get_model_builder(name).__module__ == torchvision.models.resnet.__name__
-]
-_CIFAR = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+_CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
 @dataclass(frozen=True)
@@ -42,17 +36,17 @@ class BackboneConfig:
             followed by ``resnet20`` (32, 44, 56, 110), ``wrn28_10`` (or any other wide ResNet) or
             a ResNet of torchvision, such as ``resnet18``, whose stem then keeps the resolution. Or
             the import path of a class or function that returns a module, such as
-            ``my_package.MyNet``; of the arguments ``num_classes`` and ``in_channels`` it is given
-            those that it takes.
+            ``my_package.MyNet``; it is called with the arguments ``num_classes`` and
+            ``in_channels``, or with those of them that it takes.
         options: Further arguments of the model, such as ``{width: 32}``. Pretrained weights are
             the library's own option: ``{pretrained: true}`` for timm, ``{weights: DEFAULT}`` for
             torchvision.
         checkpoint: File with weights to start from, in safetensors or PyTorch's format: a state
-            dict, or a Lightning checkpoint (its ``state_dict``). Where it is of another number of
-            classes the classifier starts anew, where it is of another number of channels the first
-            convolution is summed or repeated.
-        checkpoint_prefix: What the names of the backbone's weights begin with in that file, such
-            as, in a team's checkpoint, ``leader.`` or ``teammates.a.backbone.``.
+            dict, or a Lightning checkpoint (its ``state_dict``). If they are for another number of
+            classes, the classifier starts with new weights; if they are for another number of
+            channels, the weights of the first convolution are summed or repeated.
+        checkpoint_prefix: The beginning of the names of the backbone's weights in that file, such
+            as ``leader.`` or ``teammates.a.backbone.`` in the checkpoint of a team.
     """
 
     name: str = "cifar/resnet20"
@@ -61,7 +55,7 @@ class BackboneConfig:
     checkpoint_prefix: str = ""
 
     def without_weights(self) -> Self:
-        """The same backbone from scratch, for weights that come from elsewhere."""
+        """Returns the same backbone without pretrained weights, for weights from elsewhere."""
         options = {key: value for key, value in self.options.items() if key not in _WEIGHTS_OPTIONS}
         return replace(self, options=options, checkpoint=None, checkpoint_prefix="")
 
@@ -71,7 +65,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
 
     Args:
         config: Its name, options and weights.
-        num_classes: Number of classes that it tells apart.
+        num_classes: Number of its classes.
         in_channels: Number of channels of its images.
 
     Returns:
@@ -79,9 +73,9 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
         ``(N, num_classes)``.
 
     Raises:
-        ValueError: If there is no backbone of this name, it does not take the options, or the
+        TeamNetError: If there is no backbone of this name, it does not take the options, or the
             weights do not fit it.
-        FileNotFoundError: If there is no such file with weights.
+        FileNotFoundError: If the file with weights does not exist.
 
     Example:
         >>> import torch
@@ -89,29 +83,10 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
         >>> net(torch.randn(2, 1, 64, 64)).shape
         torch.Size([2, 7])
     """
-    library, slash, name = config.name.partition("/")
-    if not slash:
-        factory, channels = _imported(config.name), "in_channels"
-    elif library == "cifar":
-        factory, channels = _for_small_images(name), "in_channels"
-    elif library == "torchvision":
-        models = torchvision.models.list_models(module=torchvision.models)
-        if name not in models:
-            _unknown(config.name, (f"torchvision/{own}" for own in models))
-        factory, channels = _partial(torchvision_model, name=name), "in_channels"
-    elif library == "timm":
-        if not timm.is_model(name):
-            _unknown(config.name, (f"timm/{own}" for own in timm.list_models()))
-        factory, channels = _partial(timm.create_model, model_name=name), "in_chans"
-    else:
-        _unknown(config.name, ("cifar/", "torchvision/", "timm/"))
-    arguments: dict[str, Any] = {"num_classes": num_classes}
-    if channels:
-        arguments[channels] = in_channels
-    if not slash:
-        accepted = inspect.signature(factory).parameters
-        if not any(own.kind is own.VAR_KEYWORD for own in accepted.values()):
-            arguments = {key: value for key, value in arguments.items() if key in accepted}
+    factory, channels_argument = _find_factory(config.name)
+    arguments: dict[str, Any] = {"num_classes": num_classes, channels_argument: in_channels}
+    if "/" not in config.name:
+        arguments = _accepted_by(factory, arguments)
     try:
         backbone = factory(**{**arguments, **config.options})
     except TypeError as error:
@@ -119,51 +94,50 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
             f"The backbone {config.name} cannot be made with the options {config.options}: {error}."
         ) from error
     if config.checkpoint is not None:
-        _load(backbone, config, config.checkpoint, num_classes)
+        _load_weights(backbone, config, config.checkpoint, num_classes)
     return backbone
 
 
-def own_input_shape(config: BackboneConfig) -> tuple[int, int, int]:
-    """The image shape that a backbone was designed for.
+def default_input_shape(config: BackboneConfig) -> tuple[int, int, int]:
+    """Returns the image shape that a backbone was designed for.
 
     Returns:
-        Channels, height and width: what timm says of its models, 32² for ``cifar/``, else 224².
+        Channels, height and width: as listed by timm for its models, 32² for ``cifar/``, else 224².
     """
     library, _, name = config.name.partition("/")
-    if library == "timm" and (known := timm.get_pretrained_cfg(name)):
-        channels, height, width = known.input_size
-        return channels, height, width
+    if library == "timm":
+        import timm
+
+        if pretrained := timm.get_pretrained_cfg(name):
+            channels, height, width = pretrained.input_size
+            return channels, height, width
     size = 32 if library == "cifar" else 224
     return 3, size, size
 
 
-def _partial(factory: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
+def _find_factory(name: str) -> tuple[_Factory, str]:
+    """The function that makes a backbone, and its argument for the number of channels."""
+    library, slash, model = name.partition("/")
+    if not slash:
+        return _import_factory(name), "in_channels"
+    if library == "cifar":
+        return _cifar_factory(model), "in_channels"
+    if library == "torchvision":
+        return _torchvision_factory(model), "in_channels"
+    if library == "timm":
+        return _timm_factory(model), "in_chans"
+    _raise_unknown(name, ("cifar/", "torchvision/", "timm/"))
+
+
+def _bind(factory: _Factory, **fixed: Any) -> _Factory:
+    """Fixes arguments; to give them again is an error, unlike with `functools.partial`."""
     return lambda **arguments: factory(**fixed, **arguments)
 
 
-def _unknown(name: str, known: Iterable[str]) -> NoReturn:
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
-    raise TeamNetError(
-        f"There is no backbone {name!r}. Did you mean {', '.join(close)}? A backbone is "
-        "cifar/<model>, torchvision/<model>, timm/<model> or an import path."
-    )
-
-
-def _for_small_images(name: str) -> Callable[..., nn.Module]:
-    if name in _CIFAR:
-        return _partial(CifarResNet, depth=_CIFAR[name])
-    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", name):
-        return _partial(WideResNet, depth=int(wide[1]), width=int(wide[2]))
-    if name in _RESNETS:
-        return _partial(small_image_resnet, name=name)
-    _unknown(f"cifar/{name}", (f"cifar/{own}" for own in (*_CIFAR, "wrn28_10", *_RESNETS)))
-
-
-def _imported(path: str) -> Callable[..., nn.Module]:
+def _import_factory(path: str) -> _Factory:
     module, _, name = path.rpartition(".")
     try:
-        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
+        factory: _Factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TeamNetError(
             f"The backbone {path!r} cannot be imported: {error}. A backbone is cifar/<model>, "
@@ -172,7 +146,59 @@ def _imported(path: str) -> Callable[..., nn.Module]:
     return factory
 
 
-def _load(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: int) -> None:
+def _accepted_by(factory: _Factory, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes."""
+    parameters = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return arguments
+    return {key: value for key, value in arguments.items() if key in parameters}
+
+
+def _cifar_factory(model: str) -> _Factory:
+    from teamnet_pl.backbones.cifar_resnet import CifarResNet
+    from teamnet_pl.backbones.from_torchvision import resnet_names, small_image_resnet
+    from teamnet_pl.backbones.wide_resnet import WideResNet
+
+    if model in _CIFAR_RESNETS:
+        return _bind(CifarResNet, depth=_CIFAR_RESNETS[model])
+    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", model):
+        return _bind(WideResNet, depth=int(wide[1]), width=int(wide[2]))
+    resnets = resnet_names()
+    if model in resnets:
+        return _bind(small_image_resnet, name=model)
+    models = (*_CIFAR_RESNETS, "wrn28_10", *resnets)
+    _raise_unknown(f"cifar/{model}", (f"cifar/{known}" for known in models))
+
+
+def _torchvision_factory(model: str) -> _Factory:
+    from teamnet_pl.backbones.from_torchvision import model_names, torchvision_model
+
+    models = model_names()
+    if model not in models:
+        _raise_unknown(f"torchvision/{model}", (f"torchvision/{known}" for known in models))
+    return _bind(torchvision_model, name=model)
+
+
+def _timm_factory(model: str) -> _Factory:
+    import timm
+
+    if not timm.is_model(model):
+        _raise_unknown(f"timm/{model}", (f"timm/{known}" for known in timm.list_models()))
+    return _bind(timm.create_model, model_name=model)
+
+
+def _raise_unknown(name: str, known: Iterable[str]) -> NoReturn:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
+    raise TeamNetError(
+        f"There is no backbone {name!r}. Did you mean {', '.join(close)}? A backbone is "
+        "cifar/<model>, torchvision/<model>, timm/<model> or an import path."
+    )
+
+
+def _load_weights(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: int) -> None:
+    from teamnet_pl.checkpoints import load_checkpoint  # which imports Lightning
+
     state = load_checkpoint(path)
     state = state.get("state_dict", state)
     prefix = config.checkpoint_prefix
@@ -182,8 +208,8 @@ def _load(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: i
     try:
         backbone.load_state_dict(adapt_weights(backbone, weights, num_classes, path))
     except (AttributeError, RuntimeError) as error:
-        top = sorted({str(name).partition(".")[0] for name in state})
+        beginnings = sorted({str(name).partition(".")[0] for name in state})
         raise TeamNetError(
             f"The weights in {path} do not fit {config.name} (prefix {prefix!r}; names in the file "
-            f"begin with {', '.join(top)}): {error}"
+            f"begin with {', '.join(beginnings)}): {error}"
         ) from error

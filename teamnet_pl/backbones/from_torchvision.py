@@ -8,8 +8,21 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import conv3x3
 
-from teamnet_pl.backbones.adapting import adapt_channels, adapt_classes
+from teamnet_pl.backbones.adapt import adapt_channels, adapt_classes
 from teamnet_pl.errors import TeamNetError
+
+
+def model_names() -> list[str]:
+    """Lists the classifiers of torchvision."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def resnet_names() -> list[str]:
+    """Lists the ResNets of torchvision."""
+    module = torchvision.models.resnet.__name__
+    get_builder = torchvision.models.get_model_builder
+    return [name for name in model_names() if get_builder(name).__module__ == module]
 
 
 def torchvision_model(
@@ -18,16 +31,16 @@ def torchvision_model(
     """Makes a model of torchvision.
 
     Args:
-        name: Such as ``resnet50``.
-        num_classes: Number of classes. With pretrained weights of another number, the classifier
-            is a fresh one.
-        in_channels: Number of channels. Other than three, the first convolution's weights are
-            summed or repeated.
+        name: Its name in torchvision, such as ``resnet50``.
+        num_classes: Number of classes. If pretrained weights are for another number, the
+            classifier starts with new weights.
+        in_channels: Number of channels. If it is not three, the weights of the first convolution
+            are summed or repeated.
         weights: Pretrained weights by their name in torchvision, such as ``DEFAULT``.
         options: Further arguments of the model.
 
     Raises:
-        ValueError: If there are no such weights.
+        TeamNetError: If there are no such weights.
     """
     pretrained = None
     if weights is not None:
@@ -50,9 +63,9 @@ def torchvision_model(
 
 
 def small_image_resnet(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    """Makes a ResNet of torchvision for images of about 32²: its stem keeps the resolution.
+    """Makes a ResNet of torchvision for images of about 32², with a stem that keeps the resolution.
 
-    The stem is a convolution of 3x3, without stride, and no pooling, as usual on CIFAR.
+    As is usual on CIFAR, the stem is a 3x3 convolution without stride, and nothing is pooled.
     """
     net = torchvision_model(name, num_classes, in_channels, **options)
     stem = conv3x3(in_channels, 64)

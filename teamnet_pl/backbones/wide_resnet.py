@@ -25,24 +25,24 @@ class WideBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Maps features ``(N, width_in, H, W)`` to ``(N, width, H / stride, W / stride)``."""
         active = F.relu(self.bn1(features))
-        # A projection gets the activated features, an identity those before.
+        # A projection takes the activated features, an identity the features before activation.
         shortcut = features if self.shortcut is None else self.shortcut(active)
         out: Tensor = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
         return shortcut + out
 
 
 class WideResNet(nn.Module):
-    """WRN-28-10 and its like for images of about 32².
+    """WRN-28-10 and similar nets for images of about 32².
 
     Args:
         depth: Number of weighted layers, 6n + 4.
-        width: How many times as wide as a ResNet for CIFAR.
+        width: Factor of the number of channels over that of a ResNet for CIFAR.
         num_classes: Number of classes.
         in_channels: Number of channels of the images.
         dropout: Probability of dropout between the convolutions of a block.
 
     Raises:
-        ValueError: If the depth is not 6n + 4.
+        TeamNetError: If the depth is not 6n + 4.
 
     Source: Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146).
 
@@ -62,15 +62,15 @@ class WideResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1:
+        num_blocks, rest = divmod(depth - 4, 6)
+        if rest or num_blocks < 1:
             raise TeamNetError(
                 f"The depth of a wide ResNet is 6n + 4 (16, 28, ...), found {depth}."
             )
         self.conv1 = conv3x3(in_channels, 16)
-        self.layer1 = _stage(blocks, 16, 16 * width, 1, dropout)
-        self.layer2 = _stage(blocks, 16 * width, 32 * width, 2, dropout)
-        self.layer3 = _stage(blocks, 32 * width, 64 * width, 2, dropout)
+        self.layer1 = _stage(num_blocks, 16, 16 * width, 1, dropout)
+        self.layer2 = _stage(num_blocks, 16 * width, 32 * width, 2, dropout)
+        self.layer3 = _stage(num_blocks, 32 * width, 64 * width, 2, dropout)
         self.bn = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         for module in self.modules():
@@ -84,6 +84,10 @@ class WideResNet(nn.Module):
         return logits
 
 
-def _stage(blocks: int, width_in: int, width: int, stride: int, dropout: float) -> nn.Sequential:
+def _stage(
+    num_blocks: int, width_in: int, width: int, stride: int, dropout: float
+) -> nn.Sequential:
     first = WideBlock(width_in, width, stride, dropout)
-    return nn.Sequential(first, *(WideBlock(width, width, 1, dropout) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first, *(WideBlock(width, width, 1, dropout) for _ in range(num_blocks - 1))
+    )

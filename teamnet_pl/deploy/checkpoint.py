@@ -17,6 +17,7 @@ from teamnet_pl.cooperation.configs import TeammateConfig
 from teamnet_pl.cooperation.report import REPORT_FILE, Report
 from teamnet_pl.cooperation.restoring import (
     RUN_KEY,
+    checked_extra_teammates,
     restore_arguments,
     restore_config,
     restore_member,

@@ -212,7 +212,7 @@ class Teammate(
         return [
             DepthRecord(
                 depth.name,
-                depth.blocks,
+                depth.num_blocks,
                 list(depth.per_stage),
                 costs[depth.name].macs,
                 costs[depth.name].parameters,

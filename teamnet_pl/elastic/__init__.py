@@ -1,9 +1,10 @@
-"""One net, many depths. Needs no Lightning and is useful alone."""
+"""One net, many depths. Needs nothing but PyTorch and is useful alone."""
 
-from teamnet_pl.elastic.blocks import Block
-from teamnet_pl.elastic.cost import Cost, cost, cost_table, costs_without_blocks, depth_costs
+from teamnet_pl.elastic.costs import Cost, cost, cost_table, costs_without_blocks, depth_costs
 from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths, drop_order
+from teamnet_pl.elastic.discovery.find import trace_backbone
 from teamnet_pl.elastic.net import DepthLike, ElasticNet
+from teamnet_pl.elastic.plan import Block, Trace
 
 __all__ = [
     "Block",
@@ -13,10 +14,12 @@ __all__ = [
     "DepthPolicy",
     "DepthSpec",
     "ElasticNet",
+    "Trace",
     "cost",
     "cost_table",
     "costs_without_blocks",
     "depth_costs",
     "derive_depths",
     "drop_order",
+    "trace_backbone",
 ]

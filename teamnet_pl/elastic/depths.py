@@ -1,7 +1,7 @@
-"""Which blocks run at which depth: nested depths of a net, as plain data.
+"""The nested depths of a net, as plain data without tensors.
 
-Nothing here knows of tensors. A depth is a set of kept blocks; the depths of one net are nested,
-each keeping a subset of the next deeper one's blocks.
+A depth is a set of kept blocks. The depths of one net are nested: each keeps a subset of the blocks
+of the next deeper one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias, get_args
 from teamnet_pl.errors import TeamNetError
 
 DepthPolicy = Literal["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
-"""In which order blocks are dropped, see `drop_order`."""
+"""The order in which blocks are dropped, see `drop_order`."""
 
 DepthSpec: TypeAlias = int | list[int] | list[list[int]]
-"""How many depths, or how many blocks each keeps, or how many each keeps in each stage."""
+"""The number of depths, or of the blocks that each keeps, or of those that each keeps per stage."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Depth:
     per_stage: tuple[int, ...]
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Number of skippable blocks kept."""
         return sum(self.per_stage)
 
@@ -44,20 +44,21 @@ class Depth:
 
 
 def drop_order(stages: Sequence[int], policy: DepthPolicy) -> list[int]:
-    """Order in which a policy drops blocks.
+    """Returns the order in which a policy drops blocks.
 
     Args:
         stages: Number of skippable blocks in each stage, in the order in which they run.
-        policy: ``last_stage_first`` and ``first_stage_first`` empty one stage after the other, from
-            its last block; ``round_robin`` takes the last block of each stage in turn, the last
-            stage first; ``evenly_spread`` takes the block whose neighbours are nearest to each
-            other, so that the blocks that stay are spread evenly over the whole net.
+        policy: ``last_stage_first`` and ``first_stage_first`` empty one stage after the other,
+            starting from its last block; ``round_robin`` drops the last block of each stage in
+            turn, the last stage first; ``evenly_spread`` drops the block whose neighbors are
+            nearest to each other, so that the blocks that stay are spread evenly over the whole
+            net.
 
     Returns:
-        Indices of all blocks, the first one dropped first.
+        Indices of all blocks, in the order in which they are dropped.
 
     Raises:
-        ValueError: If the policy is unknown.
+        TeamNetError: If the policy is unknown.
 
     Example:
         >>> drop_order([2, 2], "round_robin")
@@ -90,9 +91,9 @@ def _evenly_spread_order(count: int) -> list[int]:
     kept = list(range(count))
     while kept:
         fenced = [-1, *kept, count]
-        # On a tie the later block goes: what comes before it stays shared between more depths.
-        gone = min(range(len(kept)), key=lambda i: (fenced[i + 2] - fenced[i], -i))
-        order.append(kept.pop(gone))
+        # On a tie the later block is dropped: more depths then share the blocks before it.
+        dropped = min(range(len(kept)), key=lambda i: (fenced[i + 2] - fenced[i], -i))
+        order.append(kept.pop(dropped))
     return order
 
 
@@ -106,20 +107,20 @@ def derive_depths(
 
     Args:
         stages: Number of skippable blocks in each stage.
-        spec: A number of depths, spread evenly from all blocks to none; or the number of blocks
-            that each depth keeps; or the number that each keeps in each stage (its first ones,
-            whatever the policy).
+        spec: The number of depths, which are spread evenly from all blocks to none; or the number
+            of blocks that each depth keeps; or the number that each keeps in each stage (the first
+            ones of the stage, whatever the policy).
         policy: Order in which blocks are dropped, see `drop_order`.
-        interleaved: Whether a number of depths, all but the deepest, lie half-way between those
-            that are not interleaved, so that two such nets cover a ladder twice as fine. Without
-            room between them they are the same.
+        interleaved: Only for a number of depths: whether all but the deepest lie half-way between
+            the depths that are not interleaved, so that two nets, one of each kind, have twice as
+            many different depths. Where there is no room between them, both are the same.
 
     Returns:
         The depths, the deepest first. The first one keeps every block.
 
     Raises:
-        ValueError: If the depths are fewer than two, repeat, are not nested, do not fit the stages
-            or do not include the whole net.
+        TeamNetError: If the depths are fewer than two, repeat, are not nested, do not fit the
+            stages or do not include the whole net.
 
     Example:
         >>> [d.name for d in derive_depths([9], 4)]
@@ -132,10 +133,10 @@ def derive_depths(
         [(2, 1), (1, 0)]
     """
     total = sum(stages)
-    have = f"The net has {total} skippable blocks, {list(stages)} by stage"
+    sizes = f"The net has {total} skippable blocks, {list(stages)} by stage"
     if isinstance(spec, int):
         if not 2 <= spec <= total + 1:
-            raise TeamNetError(f"{have}, so it has 2 to {total + 1} depths; {spec} were asked for.")
+            raise TeamNetError(f"{sizes}, so it has 2 to {total + 1} depths, found {spec}.")
         step = total / (spec - 1)
         counts = [round(total - i * step) for i in range(spec)]
         if interleaved and step >= 2:
@@ -143,34 +144,34 @@ def derive_depths(
     elif all(isinstance(item, int) for item in spec):
         counts = sorted((item for item in spec if isinstance(item, int)), reverse=True)
         if any(not 0 <= count <= total for count in counts):
-            raise TeamNetError(f"{have}: a depth keeps 0 to {total} of them, found {counts}.")
+            raise TeamNetError(f"{sizes}: a depth keeps 0 to {total} of them, found {counts}.")
     elif all(isinstance(item, list) for item in spec):
-        return _explicit(stages, [item for item in spec if isinstance(item, list)], have)
+        return _depths_by_stage(stages, [item for item in spec if isinstance(item, list)], sizes)
     else:
         raise TeamNetError(
             f"Depths are a number, a list of block counts, or a list of block counts per stage "
             f"(such as [[3, 3], [2, 1]]); found {spec!r}."
         )
     order = drop_order(stages, policy)
-    return _checked(stages, [set(order[total - count :]) for count in counts], have)
+    return _nested_depths(stages, [set(order[total - count :]) for count in counts], sizes)
 
 
-def _explicit(stages: Sequence[int], spec: list[list[int]], have: str) -> tuple[Depth, ...]:
+def _depths_by_stage(stages: Sequence[int], spec: list[list[int]], sizes: str) -> tuple[Depth, ...]:
     for row in spec:
         fits = len(row) == len(stages) and all(
             0 <= kept <= size for kept, size in zip(row, stages, strict=True)
         )
         if not fits:
-            raise TeamNetError(f"{have}; a depth cannot keep {row} of them.")
+            raise TeamNetError(f"{sizes}; a depth cannot keep {row} of them.")
     starts = [sum(stages[:stage]) for stage in range(len(stages))]
     kept = [
         {start + i for start, count in zip(starts, row, strict=True) for i in range(count)}
         for row in sorted(spec, key=sum, reverse=True)
     ]
-    return _checked(stages, kept, have)
+    return _nested_depths(stages, kept, sizes)
 
 
-def _checked(stages: Sequence[int], kept: list[set[int]], have: str) -> tuple[Depth, ...]:
+def _nested_depths(stages: Sequence[int], kept: list[set[int]], sizes: str) -> tuple[Depth, ...]:
     total = sum(stages)
     starts = [sum(stages[:stage]) for stage in range(len(stages) + 1)]
     depths = tuple(
@@ -183,11 +184,11 @@ def _checked(stages: Sequence[int], kept: list[set[int]], have: str) -> tuple[De
     )
     if len(depths) < 2:
         raise TeamNetError(
-            f"{have}; an elastic net needs at least two depths, found {len(depths)}."
+            f"{sizes}; an elastic net needs at least two depths, found {len(depths)}."
         )
-    if depths[0].blocks != total:
+    if depths[0].num_blocks != total:
         raise TeamNetError(
-            f"{have}; the deepest depth must keep them all, found {list(depths[0].per_stage)}. "
+            f"{sizes}; the deepest depth must keep them all, found {list(depths[0].per_stage)}. "
             "Add the full depth, or use a smaller backbone."
         )
     for (deeper, deep_blocks), (shallower, blocks) in pairwise(zip(depths, kept, strict=True)):

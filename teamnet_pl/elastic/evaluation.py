@@ -1,4 +1,4 @@
-"""Running a net to look at it, leaving no mark."""
+"""Running a net to look at it, without changing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients within a ``with`` block, each module's mode restored."""
+    """Sets evaluation mode without gradients within a ``with`` block, then restores all modes."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -23,7 +23,7 @@ def evaluation(net: nn.Module) -> Iterator[None]:
 
 
 def example_images(net: nn.Module, count: int, input_shape: Sequence[int]) -> Tensor:
-    """Random images that suit a net's device and type, the same each time.
+    """Makes random images on the device and of the type of a net, the same each time.
 
     Returns:
         Shape ``(count, *input_shape)``.

@@ -1,4 +1,4 @@
-"""Taking blocks out of a plain net."""
+"""Removing blocks from a plain net."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from teamnet_pl.errors import TeamNetError
 
 
 def drop_block(net: nn.Module, name: str) -> None:
-    """Takes one block out of a net, in place, as if the net had been built without it.
+    """Removes one block from a net, in place, as if the net had been built without it.
 
-    In a `torch.nn.Sequential` or `torch.nn.ModuleList` the blocks behind it move up and take over
-    its number, so the names are those of a shallower net. In any other parent an identity takes its
-    place.
+    In a `torch.nn.Sequential` or `torch.nn.ModuleList` the blocks behind it move up by one number,
+    so the names are those of a shallower net. In any other parent an identity replaces it.
 
     Args:
         net: The net.
@@ -44,21 +43,21 @@ def drop_block(net: nn.Module, name: str) -> None:
 def without_blocks(
     net: nn.Module, names: Sequence[str], images: Tensor, logits: Tensor
 ) -> nn.Module:
-    """Takes blocks out of a copy of a net, whose weights are the net's own.
+    """Copies a net without some of its blocks; the copy has the weights of the net itself.
 
-    Where the net counts on the positions of its blocks, identities take their places.
+    Where the net relies on the positions of its blocks, identities replace them.
 
     Args:
         net: The net.
         names: Names of the blocks, in the order in which they run.
-        images: A batch to try the result on.
-        logits: What the net must return for it without those blocks, in evaluation mode.
+        images: A batch to try the copy on.
+        logits: The right outputs for that batch without those blocks, in evaluation mode.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: If the net cannot do without the blocks.
+        TeamNetError: If the net cannot do without the blocks.
     """
     problem = "its outputs differ from those of the elastic net"
     weights = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
@@ -71,10 +70,10 @@ def without_blocks(
                 plain.set_submodule(name, nn.Identity())
         try:
             with evaluation(plain):
-                found = plain(images)
+                outputs = plain(images)
         except Exception as error:
             problem = f"it fails: {error}"
             continue
-        if torch.allclose(found, logits, rtol=1e-3, atol=1e-5, equal_nan=True):
+        if torch.allclose(outputs, logits, rtol=1e-3, atol=1e-5, equal_nan=True):
             return plain
     raise TeamNetError(f"{type(net).__name__} cannot do without {', '.join(names)}: {problem}.")

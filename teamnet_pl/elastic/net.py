@@ -10,20 +10,19 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from teamnet_pl.elastic.blocks import Trace, trace
 from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths
+from teamnet_pl.elastic.discovery.coupling import perturb_zero_weights
+from teamnet_pl.elastic.discovery.find import trace_backbone
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.extraction import without_blocks
-from teamnet_pl.elastic.mixing import show_weights
-from teamnet_pl.elastic.streams import (
+from teamnet_pl.elastic.forwards import (
     ElasticForward,
     ExpandingForward,
     PerStreamForward,
-    Plan,
     Selection,
     SkippableForward,
-    fork_levels,
 )
+from teamnet_pl.elastic.plan import Plan, Trace, num_fork_levels, plan_streams
 from teamnet_pl.errors import TeamNetError
 
 DepthLike: TypeAlias = Depth | str | int
@@ -31,37 +30,43 @@ DepthLike: TypeAlias = Depth | str | int
 
 
 class ElasticNet(nn.Module):
-    """A backbone that runs at any of its depths, by shared weights.
+    """A backbone that runs at any of its depths, with shared weights.
 
-    The backbone stays as it is, module tree, parameter names and classes: skippable blocks and
-    batch norms only get a ``forward`` of their own, and so do other layers that mix the samples of
-    a batch, for which the same holds. Parameters are shared by all depths. Batch norm
-    keeps running statistics per depth (in `norms`; those of the deepest depth stay in the
-    backbone), shared by depths that run the same blocks up to there, since theirs are equal.
+    The module tree of the backbone, its parameter names and its classes stay as they are: only
+    skippable blocks, and batch norms and other layers that couple the samples of a batch, get a
+    ``forward`` of their own. All depths share the parameters. Batch norms, and the other layers
+    that couple samples, keep running statistics per depth (in `norms`; those of the deepest depth
+    stay in the backbone). Depths that run the same blocks before such a layer share its
+    statistics, since theirs are equal.
 
     Args:
         backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``. It is not copied.
         input_shape: Shape of one image, ``(channels, height, width)``, used to find the blocks. The
-            net takes every size that the backbone takes.
+            net takes any size that the backbone takes.
         depths: How many depths, spread evenly from all blocks to none; or how many blocks each
             keeps; or how many each keeps in each stage. See `derive_depths`.
         policy: The order in which blocks are dropped, see `drop_order`.
-        interleaved: Whether a number of depths lie between those of a net that is not.
+        interleaved: Whether the depths lie between those of a net that is not interleaved, if they
+            are given by their number. See `derive_depths`.
         blocks: Names of the skippable blocks, with wildcards. By default the residual blocks that
-            keep their input's shape, see `trace`.
+            keep their input's shape, see `trace_backbone`.
         per_depth_affine: Whether batch norms also have weights and biases per depth.
-        grad_checkpointing: Whether blocks, and what is of their class beside them, run again in the
-            backward pass instead of keeping what they need for it: less memory, more time, the same
-            results.
+        grad_checkpointing: Whether blocks, and modules of their class beside them, run again in the
+            backward pass instead of keeping their activations for it: less memory, more time, the
+            same results.
 
     Attributes:
         blocks: The skippable blocks, in the order in which they run.
         stages: Number of skippable blocks in each stage.
         depths: The depths, the deepest first.
+        input_shape: Shape of the images that the blocks were found with.
+        norms: By the name of a layer that couples samples, with hyphens for dots: its copies for
+            shallower depths.
+        grad_checkpointing: Whether blocks run again in the backward pass.
 
     Raises:
-        ValueError: If the backbone has no skippable blocks, mixes samples of a batch around them,
-            or is elastic already; or if the depths do not fit it.
+        TeamNetError: If the backbone has no skippable blocks, couples the samples of a batch around
+            them, or is elastic already; or if the depths do not fit it.
 
     Example:
         >>> import torch, torchvision
@@ -93,113 +98,124 @@ class ElasticNet(nn.Module):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, module in backbone.named_modules():
-            if isinstance(vars(module).get("forward"), ElasticForward):
-                raise TeamNetError(
-                    f"{name or type(backbone).__name__} is elastic already: pass a plain copy."
-                )
-        found = trace(backbone, input_shape, blocks)
+        _check_is_plain(backbone)
+        trace = trace_backbone(backbone, input_shape, blocks)
         self.backbone = backbone
         self.input_shape = tuple(input_shape)
-        self.blocks = found.blocks
-        self.stages = found.stages
-        self.depths = derive_depths(found.stages, depths, policy, interleaved)
+        self.blocks = trace.blocks
+        self.stages = trace.stages
+        self.depths = derive_depths(trace.stages, depths, policy, interleaved)
         self.norms = nn.ModuleDict()
         self.grad_checkpointing = grad_checkpointing
         self._selection = Selection()
         self._forwards: dict[str, ElasticForward] = {}
-        problems = []
-        for level in range(fork_levels(found)):
-            problem = self._make_elastic(found, level, per_depth_affine)
+        self._make_elastic(trace, per_depth_affine)
+
+    def _make_elastic(self, trace: Trace, per_depth_affine: bool) -> None:
+        """Attaches the forwards such that streams fork as late as the net permits."""
+        problem: str | None = None
+        for level in range(num_fork_levels(trace)):
+            problem = self._try_level(level, trace, per_depth_affine)
             if problem is None:
                 return
-            problems.append(problem)
         raise TeamNetError(
-            f"{type(backbone).__name__} cannot run its depths in one pass: {problems[-1]}"
+            f"{type(self.backbone).__name__} cannot run its depths in one pass: {problem}"
         )
 
-    def _make_elastic(self, found: Trace, level: int, per_depth_affine: bool) -> str | None:
-        """Lets streams fork at a level, see `Plan.of`, and says what is wrong with that."""
+    def _try_level(self, level: int, trace: Trace, per_depth_affine: bool) -> str | None:
+        """Lets streams fork at a level, see `plan_streams`; returns the problem if that fails."""
         try:
-            self._attach(found, Plan.of(self.depths, found, level), per_depth_affine)
+            self._attach(trace, plan_streams(self.depths, trace, level), per_depth_affine)
             self._check_packed()
-        except Exception as error:  # whatever a net does with features of another batch size
+        except Exception as error:  # whatever a net raises for features of another batch size
             self._detach()
             return str(error)
         return None
 
-    def _attach(self, found: Trace, plan: Plan, per_depth_affine: bool) -> None:
-        """Gives the backbone's modules their forwards."""
-        for index, block in enumerate(found.blocks):
+    def _attach(self, trace: Trace, plan: Plan, per_depth_affine: bool) -> None:
+        """Gives the modules of the backbone the forwards that carry out a plan."""
+        self._add_skippable_forwards(trace, plan)
+        self._add_expanding_forwards(trace, plan)
+        self._add_per_stream_forwards(plan, per_depth_affine)
+        if self.grad_checkpointing:
+            self._add_checkpointing_forwards()
+        self._install()
+
+    def _add_skippable_forwards(self, trace: Trace, plan: Plan) -> None:
+        for index, block in enumerate(trace.blocks):
             self._forwards[block.name] = SkippableForward(
                 self.backbone.get_submodule(block.name),
                 self._selection,
                 self.grad_checkpointing,
                 tuple(depth.kept[index] for depth in self.depths),
                 plan.forks[block.name],
-                block.hands_on,
-                found.batched[block.name],
+                block.passthrough,
+                trace.has_batch_axis[block.name],
             )
+
+    def _add_expanding_forwards(self, trace: Trace, plan: Plan) -> None:
         for name, expansion in plan.expansions.items():
+            module = self.backbone.get_submodule(name)
+            has_batch_axis = trace.has_batch_axis[name]
             self._forwards[name] = ExpandingForward(
-                self.backbone.get_submodule(name), self._selection, expansion, found.batched[name]
+                module, self._selection, expansion, has_batch_axis
             )
+
+    def _add_per_stream_forwards(self, plan: Plan, per_depth_affine: bool) -> None:
         for name, streams in plan.streams.items():
-            layer = self.backbone.get_submodule(name)
-            copies = nn.ModuleList(copy.deepcopy(layer) for _ in streams.starts[1:])
-            if not copies:
+            num_copies = len(streams.starts) - 1
+            if not num_copies:
                 continue
+            layer = self.backbone.get_submodule(name)
+            copies = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_copies))
             if not per_depth_affine:
-                for each in copies:
-                    for mine, shared in zip(each.modules(), layer.modules(), strict=True):
-                        # The dict itself: weights stay shared whatever replaces them.
-                        mine._parameters = shared._parameters
-            stream_at = tuple(
-                sum(start <= index for start in streams.starts) - 1
-                for index in range(streams.depths)
-            )
+                _share_parameters(copies, layer)
             # Module names cannot hold dots.
             self.norms[name.replace(".", "-")] = copies
-            self._forwards[name] = PerStreamForward(layer, self._selection, copies, stream_at)
-        if self.grad_checkpointing:
-            for name in self._alike():
+            self._forwards[name] = PerStreamForward(
+                layer, self._selection, copies, streams.stream_at
+            )
+
+    def _add_checkpointing_forwards(self) -> None:
+        for name in self._siblings_of_blocks():
+            if name not in self._forwards:
                 module = self.backbone.get_submodule(name)
-                own = ElasticForward(module, self._selection, grad_checkpointing=True)
-                self._forwards.setdefault(name, own)
-        self._install()
+                self._forwards[name] = ElasticForward(
+                    module, self._selection, grad_checkpointing=True
+                )
+
+    def _siblings_of_blocks(self) -> set[str]:
+        """Modules in a row with blocks and of their class, such as the first of a stage."""
+        siblings = set()
+        for block in self.blocks:
+            row, _, _ = block.name.rpartition(".")
+            kind = type(self.backbone.get_submodule(block.name))
+            for key, module in self.backbone.get_submodule(row).named_children():
+                if type(module) is kind:
+                    siblings.add(f"{row}.{key}" if row else key)
+        return siblings
 
     def copied_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Each parameter that single depths have for themselves, with the backbone's original."""
+        """Yields each parameter that belongs to single depths, with the backbone's original."""
         for forward in self._forwards.values():
             if isinstance(forward, PerStreamForward):
                 for copied in forward.copies:
                     pairs = zip(copied.parameters(), forward.module.parameters(), strict=True)
                     yield from (pair for pair in pairs if pair[0] is not pair[1])
 
-    def _alike(self) -> set[str]:
-        """Modules in a row with blocks and of their class, such as the first of a stage."""
-        found = set()
-        for block in self.blocks:
-            row, _, _ = block.name.rpartition(".")
-            kind = type(self.backbone.get_submodule(block.name))
-            for key, module in self.backbone.get_submodule(row).named_children():
-                if type(module) is kind:
-                    found.add(f"{row}.{key}" if row else key)
-        return found
-
     def _detach(self) -> None:
         """Takes the forwards off again."""
         for forward in self._forwards.values():
             vars(forward.module).pop("forward", None)
-            if forward.own is not None:
-                forward.module.forward = forward.own
+            if forward.instance_forward is not None:
+                forward.module.forward = forward.instance_forward
         self._forwards.clear()
         self.norms.clear()
 
     def _check_packed(self) -> None:
-        """Holds the packed forward of a copy against one forward for each depth."""
+        """Compares the packed forward of a copy with one forward for each depth."""
         trial = copy.deepcopy(self)
-        show_weights(trial)
+        perturb_zero_weights(trial)
         images = example_images(self, 2, self.input_shape)
         with evaluation(trial):
             packed = trial.packed(images)
@@ -211,12 +227,11 @@ class ElasticNet(nn.Module):
                     raise TeamNetError(f"at {depth} its outputs would be {apart:.2g} apart.")
 
     def _install(self) -> None:
-        """Puts the forwards in place, again where a module was replaced (by a SyncBatchNorm)."""
+        """Puts the forwards in place, also where a module was replaced (by a SyncBatchNorm)."""
         for name, forward in self._forwards.items():
+            # At every use of the net, and `get_submodule` is much slower.
             module = self.backbone
-            for key in (
-                name.split(".") if name else ()
-            ):  # at every use of the net; `get_submodule` is much slower
+            for key in name.split(".") if name else ():
                 module = cast(nn.Module, module._modules[key])
             if vars(module).get("forward") is not forward:
                 forward.module = module
@@ -226,17 +241,17 @@ class ElasticNet(nn.Module):
         """Looks up one of this net's depths by its name or its number of blocks.
 
         Raises:
-            ValueError: If the net has no such depth.
+            TeamNetError: If the net has no such depth.
         """
         return self.depths[self._index(depth)]
 
     def _index(self, depth: DepthLike) -> int:
-        for index, own in enumerate(self.depths):
-            if depth in (own, own.name, own.blocks):
+        for index, known in enumerate(self.depths):
+            if depth in (known, known.name, known.num_blocks):
                 return index
         raise TeamNetError(
-            f"This net has the depths {', '.join(own.name for own in self.depths)}; {depth!s} is "
-            "none of them."
+            f"This net has the depths {', '.join(known.name for known in self.depths)}; {depth!s} "
+            "is none of them."
         )
 
     @contextmanager
@@ -257,7 +272,7 @@ class ElasticNet(nn.Module):
             This net.
 
         Raises:
-            ValueError: If the net has no such depth.
+            TeamNetError: If the net has no such depth.
         """
         with self._selected(self._index(depth)):
             yield self
@@ -278,8 +293,8 @@ class ElasticNet(nn.Module):
         """Runs all depths in one pass.
 
         The results, their gradients and the running statistics are those of one forward for each
-        depth; what several depths have in common is computed once. Dropout and stochastic depth
-        draw for each stream.
+        depth; the parts that several depths have in common are computed once. Dropout and
+        stochastic depth draw for each stream.
 
         Args:
             images: Shape ``(N, channels, height, width)``.
@@ -292,20 +307,20 @@ class ElasticNet(nn.Module):
         return logits.view(len(self.depths), len(images), logits.shape[-1])
 
     def view(self, depth: DepthLike) -> ElasticNet:
-        """This net at one depth for good, with the very same weights.
+        """Makes a net that stays at one depth and has the very same weights.
 
-        `at` changes what the net itself runs, for everyone who uses it. Views of several depths run
-        side by side, in several threads too.
+        `at` changes the depth of the net itself, for all its users. Views of several depths run
+        side by side, also in several threads.
 
         Args:
             depth: One of `depths`, its name or its number of blocks.
 
         Returns:
             A net whose parameters and buffers are this net's own tensors. Move this net to its
-            device before: moving one of them later would leave the others' buffers behind.
+            device first: moving one of them later would leave the buffers of the others behind.
 
         Raises:
-            ValueError: If the net has no such depth.
+            TeamNetError: If the net has no such depth.
         """
         index = self._index(depth)
         self._install()
@@ -315,7 +330,7 @@ class ElasticNet(nn.Module):
         return view
 
     def extract(self, depth: DepthLike) -> nn.Module:
-        """Copies one depth out as a plain net.
+        """Copies one depth as a plain net.
 
         Args:
             depth: One of `depths`, its name or its number of blocks.
@@ -325,22 +340,45 @@ class ElasticNet(nn.Module):
             depth's batch norm statistics. Nothing in it refers to this package.
 
         Raises:
-            ValueError: If the net has no such depth, or cannot do without the blocks.
+            TeamNetError: If the net has no such depth, or cannot do without the blocks.
         """
         index = self._index(depth)
-        # The forwards are left out of the copy by giving them one already.
-        plain = copy.deepcopy(self.backbone, {id(own): None for own in self._forwards.values()})
-        for name, own in self._forwards.items():
-            module = plain.get_submodule(name)
-            vars(module).pop("forward", None)
-            if own.own is not None:
-                module.forward = copy.deepcopy(own.own, {id(own.module): module})
-            if isinstance(own, PerStreamForward) and index < len(own.stream_at):
-                stream = own.stream_at[index]
-                if stream:
-                    module.load_state_dict(own.copies[stream - 1].state_dict())
+        plain = self._copy_backbone_without_forwards(index)
         flags = zip(self.blocks, self.depths[index].kept, strict=True)
         images = example_images(self, 2, self.input_shape)
         with self.at(depth), evaluation(self):
             logits = self(images)
         return without_blocks(plain, [b.name for b, kept in flags if not kept], images, logits)
+
+    def _copy_backbone_without_forwards(self, index: int) -> nn.Module:
+        """Copies the backbone with all blocks, but with the statistics of one depth."""
+        # A memo that maps the forwards to None leaves them out of the copy.
+        no_forwards = {id(forward): None for forward in self._forwards.values()}
+        plain = copy.deepcopy(self.backbone, no_forwards)
+        for name, forward in self._forwards.items():
+            module = plain.get_submodule(name)
+            vars(module).pop("forward", None)
+            if forward.instance_forward is not None:
+                original = {id(forward.module): module}
+                module.forward = copy.deepcopy(forward.instance_forward, original)
+            if isinstance(forward, PerStreamForward) and index < len(forward.stream_at):
+                stream = forward.stream_at[index]
+                if stream:
+                    module.load_state_dict(forward.copies[stream - 1].state_dict())
+        return plain
+
+
+def _check_is_plain(backbone: nn.Module) -> None:
+    for name, module in backbone.named_modules():
+        if isinstance(vars(module).get("forward"), ElasticForward):
+            raise TeamNetError(
+                f"{name or type(backbone).__name__} is elastic already: pass a plain copy."
+            )
+
+
+def _share_parameters(copies: nn.ModuleList, layer: nn.Module) -> None:
+    """Gives copies of a layer the layer's own parameters."""
+    for copied in copies:
+        for module, original in zip(copied.modules(), layer.modules(), strict=True):
+            # The dict itself: parameters stay shared whatever replaces them.
+            module._parameters = original._parameters

@@ -11,7 +11,7 @@ from teamnet_pl.backbones import (
     CifarResNet,
     WideResNet,
     create_backbone,
-    own_input_shape,
+    default_input_shape,
 )
 
 
@@ -147,8 +147,8 @@ def test_resnet_for_small_images_keeps_their_resolution():
         ("own_nets.GroupNormNet", (3, 224, 224)),
     ],
 )
-def test_own_input_shape(name, shape):
-    assert own_input_shape(BackboneConfig(name)) == shape
+def test_default_input_shape(name, shape):
+    assert default_input_shape(BackboneConfig(name)) == shape
 
 
 # Pretrained weights
@@ -227,8 +227,8 @@ def test_weights_in_a_local_file(tmp_path, caplog, suffix, num_classes, channels
     if channels == 1:
         torch.testing.assert_close(net.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
     assert torch.equal(net.fc.weight[0], source.fc.weight[0]) == (num_classes == 10)
-    said = f"{path} tells 10 classes apart instead of 7: fc starts anew."
-    assert caplog.messages == ([said] if num_classes == 7 else [])
+    warning = f"{path} is for 10 classes instead of 7: fc starts with new weights."
+    assert caplog.messages == ([warning] if num_classes == 7 else [])
 
 
 @pytest.mark.fault("weights to start from are of another net", "an error that names file and names")

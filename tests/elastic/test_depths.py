@@ -53,7 +53,7 @@ def test_any_number_of_depths(stages, policy, data):
     for depth, blocks in zip(depths, kept, strict=True):
         ends = [0, *accumulate(stages)]
         assert depth.name == str(depth) == f"d{len(blocks)}"
-        assert depth.blocks == len(blocks)
+        assert depth.num_blocks == len(blocks)
         assert depth.per_stage == tuple(sum(depth.kept[a:b]) for a, b in pairwise(ends))
 
 
@@ -64,7 +64,7 @@ def test_list_of_counts_is_the_same_as_a_number(stages, policy, data):
     every = derive_depths(stages, total + 1, policy)
     counts = data.draw(st.lists(st.integers(0, total - 1), min_size=1, unique=True), label="counts")
     some = derive_depths(stages, [*counts, total], policy)
-    assert some == tuple(depth for depth in every if depth.blocks in {*counts, total})
+    assert some == tuple(depth for depth in every if depth.num_blocks in {*counts, total})
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_list_of_counts_is_the_same_as_a_number(stages, policy, data):
     ],
 )
 def test_interleaved_depths(stages, number, plain, between):
-    assert [d.blocks for d in derive_depths(stages, number)] == plain
-    assert [d.blocks for d in derive_depths(stages, number, interleaved=True)] == between
+    assert [d.num_blocks for d in derive_depths(stages, number)] == plain
+    assert [d.num_blocks for d in derive_depths(stages, number, interleaved=True)] == between
 
 
 @given(stages=stage_sizes, policy=policies, data=st.data())
@@ -87,10 +87,10 @@ def test_interleaved_depths_are_as_many(stages, policy, data):
     total = sum(stages)
     number = data.draw(st.integers(2, total + 1), label="depths")
     depths = derive_depths(stages, number, policy, interleaved=True)
-    counts = [depth.blocks for depth in depths]
+    counts = [depth.num_blocks for depth in depths]
     assert len(set(counts)) == number
     assert counts[0] == total
-    others = [depth.blocks for depth in derive_depths(stages, number, policy)]
+    others = [depth.num_blocks for depth in derive_depths(stages, number, policy)]
     for (deep, shallow), between in zip(pairwise(others), counts[1:], strict=True):
         assert deep >= between >= shallow
     assert set(depths) <= set(derive_depths(stages, total + 1, policy))
@@ -110,9 +110,9 @@ def test_counts_per_stage_keep_the_first_blocks_of_a_stage(policy):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (1, "2 to 6 depths; 1 were"),
-        (0, "2 to 6 depths; 0 were"),
-        (7, "2 to 6 depths; 7 were"),
+        (1, "2 to 6 depths, found 1"),
+        (0, "2 to 6 depths, found 0"),
+        (7, "2 to 6 depths, found 7"),
         ([5], "at least two depths, found 1"),
         ([], "at least two depths, found 0"),
         ([[3, 2]], "at least two depths, found 1"),

@@ -11,24 +11,17 @@ from torch import nn
 
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.elastic.extraction import drop_block
+from tests.helpers.nets import basic_resnet, convnext, make_backbone, resnet, train, vit
 
 CNN = tv.convnext.CNBlockConfig
 MBCONV = tv.efficientnet.MBConvConfig
 
 
-def resnet(layers, **kwargs):
-    return tv.ResNet(tv.resnet.BasicBlock, layers, num_classes=5, **kwargs)
-
-
-def bottleneck(layers):
-    return tv.ResNet(tv.resnet.Bottleneck, layers, num_classes=5, groups=4, width_per_group=2)
-
-
-def vit(layers):
+def torchvision_vit(layers):
     return tv.VisionTransformer(32, 16, layers, 2, 16, 32, num_classes=5)
 
 
-def convnext(layers):
+def torchvision_convnext(layers):
     widths = [8, 12, 16, None]
     settings = [CNN(*both) for both in zip(widths, widths[1:], layers, strict=False)]
     return tv.ConvNeXt(settings, num_classes=5)
@@ -43,16 +36,6 @@ def efficientnet(layers):
     return tv.EfficientNet(settings, dropout=0.0, num_classes=5)
 
 
-def timm_vit(depth):
-    return timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=16, depth=depth, num_heads=2, num_classes=5
-    )
-
-
-def timm_convnext(layers):
-    return timm.models.ConvNeXt(depths=layers, dims=(8, 12, 16, 20), num_classes=5)
-
-
 def timm_resnet(layers):
     channels = (8, 12, 16, 20)
     return timm.models.ResNet(
@@ -63,18 +46,18 @@ def timm_resnet(layers):
 # How to build it, with how many layers; the blocks that a depth keeps, or their number where they
 # are spread evenly and so not the first ones; its layers.
 NETS = {
-    "resnet": (resnet, [2, 2, 2, 2], [2, 0, 1, 0], [2, 1, 2, 1]),
-    "bottleneck": (bottleneck, [2, 3, 3, 2], [1, 1, 2, 0], [2, 2, 3, 1]),
-    "vit": (vit, 4, [2], 2),
-    "vit_last_layers": (vit, 4, 2, 2),
-    "vit_without_layers": (vit, 2, [0], 0),
-    "convnext": (convnext, [2, 2, 3], [1, 0, 2], [1, 0, 2]),
-    "convnext_last_layers": (convnext, [2, 2, 3], 3, [1, 1, 1]),
+    "resnet": (basic_resnet, [2, 2, 2, 2], [2, 0, 1, 0], [2, 1, 2, 1]),
+    "bottleneck": (resnet, [2, 3, 3, 2], [1, 1, 2, 0], [2, 2, 3, 1]),
+    "vit": (torchvision_vit, 4, [2], 2),
+    "vit_last_layers": (torchvision_vit, 4, 2, 2),
+    "vit_without_layers": (torchvision_vit, 2, [0], 0),
+    "convnext": (torchvision_convnext, [2, 2, 3], [1, 0, 2], [1, 0, 2]),
+    "convnext_last_layers": (torchvision_convnext, [2, 2, 3], 3, [1, 1, 1]),
     "swin": (swin, [2, 4], [1, 3], [1, 3]),
     "efficientnet": (efficientnet, [2, 3], [1, 1], [1, 2]),
-    "timm_vit": (timm_vit, 4, [1], 1),
-    "timm_vit_last_layers": (timm_vit, 4, 1, 1),
-    "timm_convnext": (timm_convnext, [2, 1, 3, 1], [1, 1, 2, 0], [1, 1, 2, 0]),
+    "timm_vit": (vit, 4, [1], 1),
+    "timm_vit_last_layers": (vit, 4, 1, 1),
+    "timm_convnext": (convnext, [2, 1, 3, 1], [1, 1, 2, 0], [1, 1, 2, 0]),
     "timm_resnet": (timm_resnet, [2, 2, 3, 1], [1, 0, 1], [2, 1, 2, 1]),
 }
 
@@ -83,14 +66,14 @@ NETS = {
     ("build", "layers", "kept", "kept_layers"),
     [pytest.param(*each, id=name) for name, each in NETS.items()],
 )
-def test_extracted_is_the_net_that_one_would_build(toys, build, layers, kept, kept_layers):
+def test_extracted_is_the_net_that_one_would_build(build, layers, kept, kept_layers):
     torch.manual_seed(0)
     backbone = build(layers).double()
     full = ElasticNet(copy.deepcopy(backbone), (3, 32, 32), depths=2).stages
     depths = [sum(full), kept] if isinstance(kept, int) else [full, kept]
     net = ElasticNet(backbone, (3, 32, 32), depths=depths, policy="evenly_spread")
     depth = net.depths[1]
-    toys.train(net, shape=(2, 3, 32, 32))
+    train(net, batch_size=2)
     images = torch.randn(2, 3, 32, 32).double()
     with torch.no_grad(), net.eval().at(depth):
         expected = net(images)
@@ -113,10 +96,10 @@ def close(actual, expected):
 
 
 @pytest.fixture(params=["residual", "transformer"])
-def net(toys, request):
+def net(request):
     stages = [(2, False), (3, True)]
-    net = ElasticNet(toys.build(request.param, stages), (3, 8, 8), depths=4)
-    toys.train(net)
+    net = ElasticNet(make_backbone(request.param, stages), (3, 8, 8), depths=4)
+    train(net)
     return net
 
 
@@ -156,7 +139,7 @@ def test_skipped_blocks_are_gone(net):
 
     found = [blocks(net.extract(depth)) for depth in net.depths]
     assert [found[0] - each for each in found] == [
-        net.depths[0].blocks - depth.blocks for depth in net.depths
+        net.depths[0].num_blocks - depth.num_blocks for depth in net.depths
     ]
 
 
@@ -194,9 +177,9 @@ def test_modes_and_frozen_parameters_are_kept(net):
     assert [p.requires_grad for p in plain.head.parameters()] == [False, True]
 
 
-def test_weights_per_depth(toys, images):
-    net = ElasticNet(toys.build(), (3, 8, 8), depths=4, per_depth_affine=True)
-    toys.train(net)
+def test_weights_per_depth(images):
+    net = ElasticNet(make_backbone(), (3, 8, 8), depths=4, per_depth_affine=True)
+    train(net)
     net.eval()
     weights = []
     for depth in net.depths:

@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import ElasticNet, trace_backbone
+from tests.helpers.nets import BlockNet, Residual, basic_resnet, make_backbone, train
 
 SHAPE = (3, 8, 8)
 
 
 @pytest.fixture
-def make(toys):
+def make():
     """Makes nets whose depths all have statistics of their own."""
 
     def make(seed=0, depths=4, kind="residual", norm="batch", **kwargs):
-        net = ElasticNet(toys.build(kind, norm=norm, seed=seed), SHAPE, depths=depths, **kwargs)
-        toys.train(net)
+        net = ElasticNet(make_backbone(kind, norm=norm, seed=seed), SHAPE, depths=depths, **kwargs)
+        train(net)
         return net.eval()
 
     return make
@@ -60,7 +61,7 @@ def test_a_depth_has_three_names(make, images):
     net = make()
     depth = net.depths[1]
     expected = outputs(net, images)[1]
-    for name in (depth, depth.name, depth.blocks):
+    for name in (depth, depth.name, depth.num_blocks):
         assert net.depth(name) is depth
         with net.at(name) as inside:
             assert inside is net
@@ -163,8 +164,8 @@ def test_scopes_of_two_nets_interleave(make, images):
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_names_and_classes_stay(toys, norm):
-    backbone = toys.build(norm=norm)
+def test_names_and_classes_stay(norm):
+    backbone = make_backbone(norm=norm)
     plain = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=3)
     assert net.backbone is backbone
@@ -175,6 +176,44 @@ def test_names_and_classes_stay(toys, norm):
     parameters = [name for name, _ in net.named_parameters()]
     assert parameters == [f"backbone.{name}" for name, _ in plain.named_parameters()]
     plain.load_state_dict(backbone.state_dict(), strict=True)
+
+
+def test_backbone_with_a_forward_of_its_own():
+    """As timm's FasterNet has."""
+
+    def own(x):
+        return 2 * Residual.forward(block, x)
+
+    block = Residual()
+    block.forward = own
+    backbone = BlockNet(blocks=[Residual(), block])
+    net = ElasticNet(backbone, SHAPE, depths=[2, 0], blocks=["blocks.*"])
+    images = torch.randn(2, 3, 8, 8)
+    x = net.backbone.stem(images)
+    x = x + net.backbone.blocks[0].conv(x)
+    expected = net.backbone.head(2 * (x + block.conv(x)))
+    torch.testing.assert_close(net.packed(images)[0], expected)
+    torch.testing.assert_close(net(images), expected)
+    torch.testing.assert_close(net.extract(2)(images), expected)
+    assert net.extract(2).blocks[1].forward is own
+
+
+def test_backbone_that_is_elastic_already():
+    backbone = basic_resnet([1, 1, 1, 1])
+    net = ElasticNet(backbone, (3, 32, 32), depths=2)
+    for again in (backbone, net, nn.Sequential(backbone)):
+        with pytest.raises(ValueError, match="elastic already"):
+            ElasticNet(again, (3, 32, 32), depths=2)
+    trace = trace_backbone(net.extract(1), (3, 32, 32))  # a plain net again
+    assert [block.name for block in trace.blocks] == ["layer1.0"]
+
+
+def test_backbone_is_untouched_where_wrapping_fails():
+    backbone = make_backbone()
+    with pytest.raises(ValueError, match="skippable blocks"):
+        ElasticNet(backbone, (3, 8, 8), depths=99)
+    assert not any("forward" in vars(module) for module in backbone.modules())
+    assert ElasticNet(backbone, (3, 8, 8), depths=2).stages == [2, 1]
 
 
 def test_training_mode_reaches_all_statistics(make):
@@ -217,7 +256,7 @@ def storages(net):
 @copies
 @kinds
 def test_a_copy_gives_the_same_outputs_and_shares_nothing(
-    make, toys, images, clone, kind, per_depth_affine
+    make, images, clone, kind, per_depth_affine
 ):
     net = make(kind=kind, per_depth_affine=per_depth_affine, depths=3)
     expected = outputs(net, images)
@@ -239,7 +278,7 @@ def test_a_copy_gives_the_same_outputs_and_shares_nothing(
     # A scope, a step of the one does not show in the other.
     with other.at(other.depths[1]):
         same(net(images), expected[0])
-    toys.train(other)
+    train(other)
     same(outputs(net, images), expected)
     changed = outputs(other.eval(), images)
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(changed, expected, strict=True))
@@ -251,18 +290,18 @@ def test_a_copy_gives_the_same_outputs_and_shares_nothing(
 
 @copies
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_a_copy_trains_like_the_original(make, toys, images, clone, per_depth_affine):
+def test_a_copy_trains_like_the_original(make, images, clone, per_depth_affine):
     net = make(per_depth_affine=per_depth_affine)
     other = clone(net)
     assert len(list(other.parameters())) == len(list(net.parameters()))
     for each in (net, other):
-        toys.train(each, steps=3)
+        train(each, steps=3)
     same(outputs(other.eval(), images), outputs(net.eval(), images))
 
 
 @pytest.mark.parametrize("assign", [False, True])
 @kinds
-def test_state_dict(make, toys, images, assign, kind, per_depth_affine):
+def test_state_dict(make, images, assign, kind, per_depth_affine):
     kwargs = {"kind": kind, "per_depth_affine": per_depth_affine}
     net, other = make(seed=0, **kwargs), make(seed=1, **kwargs)
     parameters = len(list(other.parameters()))
@@ -272,8 +311,8 @@ def test_state_dict(make, toys, images, assign, kind, per_depth_affine):
     same(outputs(other, images), outputs(net, images))
     # What was shared still is.
     assert len(list(other.parameters())) == parameters
-    toys.train(net)
-    toys.train(other)
+    train(net)
+    train(other)
     same(outputs(other.eval(), images), outputs(net.eval(), images))
 
 
@@ -293,7 +332,7 @@ def synchronised(net):
 
 
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_synchronised_batch_norm(make, toys, images, per_depth_affine):
+def test_synchronised_batch_norm(make, images, per_depth_affine):
     net = make(per_depth_affine=per_depth_affine)
     plain = copy.deepcopy(net)
     expected = outputs(net, images)
@@ -303,8 +342,8 @@ def test_synchronised_batch_norm(make, toys, images, per_depth_affine):
         same([*net.packed(images)], expected[4:])
     same(outputs(net, images), expected)
     # Without other processes, training is that of plain batch norm.
-    toys.train(net)
-    toys.train(plain)
+    train(net)
+    train(plain)
     same(outputs(net.eval(), images), outputs(plain.eval(), images))
     assert len(list(net.parameters())) == len(list(plain.parameters()))
 
@@ -327,13 +366,13 @@ def test_synchronised_batch_norm_of_which_something_else_is_used_first(make, ima
     same(outputs(net, images), expected)
 
 
-def test_backbone_with_synchronised_batch_norm(toys, images):
+def test_backbone_with_synchronised_batch_norm(images):
     nets = [
         ElasticNet(backbone, SHAPE, depths=4)
-        for backbone in (toys.build(), synchronised(toys.build()))
+        for backbone in (make_backbone(), synchronised(make_backbone()))
     ]
     for net in nets:
-        toys.train(net)
+        train(net)
     same(outputs(nets[1].eval(), images), outputs(nets[0].eval(), images))
 
 

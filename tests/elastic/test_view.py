@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from teamnet_pl.elastic import ElasticNet
+from tests.helpers.nets import make_backbone, train
 
 SHAPE = (3, 8, 8)
 
 
 @pytest.fixture(params=[False, True], ids=["shared_affine", "per_depth_affine"])
-def net(request, toys):
+def net(request):
     """Its depths all have statistics of their own."""
-    net = ElasticNet(toys.build("residual"), SHAPE, depths=4, per_depth_affine=request.param)
-    toys.train(net)
+    net = ElasticNet(make_backbone("residual"), SHAPE, depths=4, per_depth_affine=request.param)
+    train(net)
     return net.eval()
 
 
@@ -27,7 +28,7 @@ def images():
 def test_a_view_is_the_extracted_net(net, images):
     for depth in net.depths:
         expected = net.extract(depth).eval()(images)
-        with net.at(3):  # what the net itself is at doesn't matter
+        with net.at(3):  # what the net itself is at does not matter
             view = net.view(depth.name)
             torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)

@@ -63,7 +63,7 @@ def save_onnx_all_depths(
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
     """
     ir = require("onnx_ir", "onnx")
-    chosen = {net.depth(depth).blocks for depth in depths or net.depths}
+    chosen = {net.depth(depth).num_blocks for depth in depths or net.depths}
     if len(chosen) < 2:
         raise TeamNetError(
             f"One file for several depths needs at least two of them, found {len(chosen)}."

@@ -54,7 +54,7 @@ def test_a_file_for_each_depth_and_one_for_all(net, files):
         for batch in (make_images(1), make_images(4)):
             expected = logits_at(net, depth, batch)
             close(run_onnx(session, batch), expected)
-            close(run_onnx(one, batch, depth=depth.blocks), expected)
+            close(run_onnx(one, batch, depth=depth.num_blocks), expected)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def shared(tmp_path_factory):
 @example(limit=0, count=1, seed=0)
 def test_the_deepest_depth_within_the_limit_runs(shared, limit, count, seed):
     net, path = shared
-    fits = [depth for depth in net.depths if depth.blocks <= limit] or [net.depths[-1]]
+    fits = [depth for depth in net.depths if depth.num_blocks <= limit] or [net.depths[-1]]
     batch = make_images(count, seed)
     close(run_onnx(path, batch, depth=limit), logits_at(net, fits[0], batch))
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from teamnet_pl.elastic import ElasticNet, depth_costs
-from teamnet_pl.elastic.blocks import Block, Trace
-from teamnet_pl.elastic.depths import derive_depths
-from teamnet_pl.elastic.streams import Expansion, Fork, Plan, Streams, fork_levels
+from tests.helpers.nets import basic_resnet, block_names, make_backbone, plain_at, resnet, train
+from tests.helpers.strategies import depth_specs
 
 SHAPE = (3, 8, 8)
 POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
@@ -31,8 +30,8 @@ def close(actual, expected, what=""):
 class Separate:
     """The truth: plain nets, one for each depth, that are trained as if they shared weights."""
 
-    def __init__(self, backbone, net, by_hand, per_depth_affine=False):
-        self.nets = [by_hand(backbone, net, depth) for depth in net.depths]
+    def __init__(self, backbone, net, per_depth_affine=False):
+        self.nets = [plain_at(backbone, net, depth) for depth in net.depths]
         self.kept = [depth.kept for depth in net.depths]
         self.blocks = [block.name for block in net.blocks]
         norms = [name for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
@@ -90,23 +89,6 @@ class Case:
 
 
 @st.composite
-def depth_sets(draw, counts):
-    total = sum(counts)
-    form = draw(st.sampled_from(["number", "counts", "rows"]))
-    if form == "number":
-        return draw(st.integers(2, total + 1))
-    if form == "counts":
-        return [total, *draw(st.sets(st.integers(0, total - 1), min_size=1))]
-    rows = [list(counts)]
-    for _ in range(draw(st.integers(1, 4))):
-        row = [draw(st.integers(0, kept)) for kept in rows[-1]]
-        if row != rows[-1]:
-            rows.append(row)
-    assume(len(rows) > 1)
-    return rows
-
-
-@st.composite
 def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
     kind = draw(st.sampled_from(kinds))
     stage = st.tuples(st.integers(1, 4), st.booleans())
@@ -117,13 +99,13 @@ def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
     assume(counts)
     assume(len(counts) == 1 or max(counts) > 1)  # or blocks of one shape are one stage
     norm = draw(st.sampled_from(norms or ["batch", "batch", "group", "layer"]))
-    return Case(kind, stages, norm, draw(depth_sets(counts)), draw(st.sampled_from(POLICIES)))
+    return Case(kind, stages, norm, draw(depth_specs(counts)), draw(st.sampled_from(POLICIES)))
 
 
 def hold_against_the_truth(
-    toys, case, training, batch, size, steps=3, per_depth_affine=False, grad_checkpointing=False
+    case, training, batch, size, steps=3, per_depth_affine=False, grad_checkpointing=False
 ):
-    backbone = toys.build(case.kind, case.stages, case.norm)
+    backbone = make_backbone(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
     net = ElasticNet(
         backbone,
@@ -133,8 +115,8 @@ def hold_against_the_truth(
         per_depth_affine=per_depth_affine,
         grad_checkpointing=grad_checkpointing,
     ).train(training)
-    assert [block.name for block in net.blocks] == toys.names_by_hand(case.kind, case.stages)
-    truth = Separate(pristine, net, toys.by_hand, per_depth_affine)
+    assert [block.name for block in net.blocks] == block_names(case.kind, case.stages)
+    truth = Separate(pristine, net, per_depth_affine)
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -168,8 +150,8 @@ sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
 
 @given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
 @settings(max_examples=60, deadline=None)
-def test_packed_is_one_forward_for_each_depth(toys, case, training, batch, size):
-    net, pristine = hold_against_the_truth(toys, case, training, batch, size)
+def test_packed_is_one_forward_for_each_depth(case, training, batch, size):
+    net, pristine = hold_against_the_truth(case, training, batch, size)
     assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
     changed = [
         not torch.equal(*pair)
@@ -180,9 +162,9 @@ def test_packed_is_one_forward_for_each_depth(toys, case, training, batch, size)
 
 @given(case=cases(kinds=["residual", "preactivation"], norms=["batch"]), training=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_packed_with_affine_weights_per_depth(toys, case, training):
+def test_packed_with_affine_weights_per_depth(case, training):
     net, pristine = hold_against_the_truth(
-        toys, case, training, batch=3, size=(9, 11), per_depth_affine=True
+        case, training, batch=3, size=(9, 11), per_depth_affine=True
     )
     own = sum(len(copies) for copies in net.norms.values())
     assert len(list(net.parameters())) == len(list(pristine.parameters())) + 2 * own
@@ -190,10 +172,9 @@ def test_packed_with_affine_weights_per_depth(toys, case, training):
 
 @given(case=cases(), per_depth_affine=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_gradient_checkpointing_changes_no_result(toys, case, per_depth_affine):
+def test_gradient_checkpointing_changes_no_result(case, per_depth_affine):
     per_depth_affine &= case.norm == "batch"
     hold_against_the_truth(
-        toys,
         case,
         training=True,
         batch=3,
@@ -268,12 +249,12 @@ def test_nothing_is_kept_to_run_again_where_nothing_is_trained():
 
 @given(case=cases(), training=st.booleans(), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_one_depth_is_a_plain_net(toys, case, training, data):
-    backbone = toys.build(case.kind, case.stages, case.norm)
+def test_one_depth_is_a_plain_net(case, training, data):
+    backbone = make_backbone(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy).train(training)
     depth = data.draw(st.sampled_from(net.depths), label="depth")
-    plain = toys.by_hand(pristine, net, depth)
+    plain = plain_at(pristine, net, depth)
     optimizers = [torch.optim.SGD(each.parameters(), lr=RATE) for each in (net, plain)]
     for _ in range(2):
         images = torch.randn(3, 3, 9, 12, dtype=torch.float64)
@@ -293,8 +274,8 @@ def test_one_depth_is_a_plain_net(toys, case, training, data):
     close(list(net.extract(depth).buffers()), list(plain.buffers()), "statistics")
 
 
-def test_one_depth_leaves_statistics_that_are_not_its_own(toys):
-    net = ElasticNet(toys.build(), SHAPE, depths=4).train()
+def test_one_depth_leaves_statistics_that_are_not_its_own():
+    net = ElasticNet(make_backbone(), SHAPE, depths=4).train()
     before = {depth: copy.deepcopy(net.extract(depth).last_norm) for depth in net.depths}
     with net.at(net.depths[2]):
         net(torch.randn(2, 3, 8, 8).double())
@@ -303,14 +284,14 @@ def test_one_depth_leaves_statistics_that_are_not_its_own(toys):
         assert same == (depth != net.depths[2])
 
 
-def test_the_deepest_depths_statistics_stay_in_the_backbone(toys):
-    net = ElasticNet(toys.build(), SHAPE, depths=3)
-    toys.train(net)
+def test_the_deepest_depths_statistics_stay_in_the_backbone():
+    net = ElasticNet(make_backbone(), SHAPE, depths=3)
+    train(net)
     close(list(net.backbone.buffers()), list(net.extract(net.depths[0]).buffers()))
 
 
-def test_single_pixel_and_single_image_fails_as_in_a_plain_net(toys):
-    net = ElasticNet(toys.build(stages=[(2, True)] * 3), SHAPE, depths=2).train()
+def test_single_pixel_and_single_image_fails_as_in_a_plain_net():
+    net = ElasticNet(make_backbone(stages=[(2, True)] * 3), SHAPE, depths=2).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net.packed(torch.randn(1, 3, 4, 4).double())
 
@@ -319,10 +300,8 @@ def test_single_pixel_and_single_image_fails_as_in_a_plain_net(toys):
 
 
 REAL = {
-    "torchvision_resnet": lambda: tv.ResNet(tv.resnet.BasicBlock, [2, 2, 1, 1], num_classes=5),
-    "torchvision_resnext": lambda: tv.ResNet(
-        tv.resnet.Bottleneck, [2, 2, 1, 1], num_classes=5, groups=4, width_per_group=2
-    ),
+    "torchvision_resnet": lambda: basic_resnet([2, 2, 1, 1]),
+    "torchvision_resnext": lambda: resnet([2, 2, 1, 1]),
     "torchvision_vit": lambda: tv.VisionTransformer(32, 16, 3, 2, 16, 32, num_classes=5),
     "torchvision_swin": lambda: tv.SwinTransformer(
         [4, 4], 8, [2, 2], [1, 2], [7, 7], stochastic_depth_prob=0.0, num_classes=5
@@ -354,14 +333,14 @@ SMALL_VIT = {"img_size": 32, "depth": 3, "embed_dim": 16, "num_heads": 2, "num_c
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in REAL.items()])
 @pytest.mark.parametrize("training", [True, False])
-def test_real_nets(toys, make, training):
+def test_real_nets(make, training):
     torch.manual_seed(0)
     backbone = make().double()
     pristine = copy.deepcopy(backbone).train(training)
     size = 28 if isinstance(backbone, timm.models.Eva) else 32
     total = len(ElasticNet(copy.deepcopy(backbone), (3, size, size), depths=2).blocks)
     net = ElasticNet(backbone, (3, size, size), depths=min(4, total + 1)).train(training)
-    truth = Separate(pristine, net, toys.by_hand)
+    truth = Separate(pristine, net)
     images = torch.randn(3, 3, size, size).double()
     gradients = torch.randn(len(net.depths), 3, 5).double()
     logits = net.packed(images)
@@ -388,14 +367,14 @@ def test_any_size_of_image(name, size):
         close(logits, net.extract(depth)(images))
 
 
-def test_blocks_with_tied_weights(toys):
-    backbone = toys.build(stages=[(3, False)])
+def test_blocks_with_tied_weights():
+    backbone = make_backbone(stages=[(3, False)])
     first, second, _ = backbone.stages[0]
     second.conv.weight = first.conv.weight
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=4)
     images = torch.randn(2, 3, 8, 8).double()
-    plain = [toys.by_hand(pristine, net, depth) for depth in net.depths]
+    plain = [plain_at(pristine, net, depth) for depth in net.depths]
     expected = torch.stack([each(images) for each in plain])
     packed = net.packed(images)
     close(packed, expected)
@@ -409,9 +388,9 @@ def test_blocks_with_tied_weights(toys):
         close(net.eval().extract(depth)(images), each.eval()(images))
 
 
-def test_norm_with_parameters_of_its_own_activation(toys):
+def test_norm_with_parameters_of_its_own_activation():
     """As in timm, whose norms carry the activation along."""
-    backbone = toys.build(stages=[(3, False)])
+    backbone = make_backbone(stages=[(3, False)])
     for name in ("stages.0.1.norm", "last_norm"):
         norm = timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU, act_kwargs={"init": 0.3})
         backbone.set_submodule(name, norm.double())
@@ -420,8 +399,8 @@ def test_norm_with_parameters_of_its_own_activation(toys):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_without_running_statistics(toys, training):
-    backbone = toys.build()
+def test_batch_norm_without_running_statistics(training):
+    backbone = make_backbone()
     for name, module in list(backbone.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             norm = nn.BatchNorm2d(module.num_features, track_running_stats=False)
@@ -429,7 +408,7 @@ def test_batch_norm_without_running_statistics(toys, training):
     pristine = copy.deepcopy(backbone).train(training)
     net = ElasticNet(backbone, SHAPE, depths=4).train(training)
     images = torch.randn(3, 3, 8, 8).double()
-    expected = [toys.by_hand(pristine, net, depth)(images) for depth in net.depths]
+    expected = [plain_at(pristine, net, depth)(images) for depth in net.depths]
     close(net.packed(images), torch.stack(expected))
 
 
@@ -497,18 +476,18 @@ class AddsStem(Chain):
         return self.head((x + self.stages(x)).mean((2, 3)))
 
 
-def two_stages(toys):
-    return toys.build(stages=[(2, False), (3, False)]).stages
+def two_stages():
+    return make_backbone(stages=[(2, False), (3, False)]).stages
 
 
-def branched(toys, kind):
-    first, second = two_stages(toys)
+def branched(kind):
+    first, second = two_stages()
     if kind == "remembers":
         return RemembersBatchSize(first, second).double()
     if kind == "concatenates":
         return Chain(Concatenates(first), Concatenates(second)).double()
     if kind == "exchanges":
-        return Branches(first, second, *two_stages(toys)).double()
+        return Branches(first, second, *two_stages()).double()
     if kind == "adds_stem":
         return AddsStem(first, second).double()
     return Chain(first, second).double()
@@ -517,14 +496,14 @@ def branched(toys, kind):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["chain", "remembers", "concatenates", "exchanges", "adds_stem"])
-def test_branches_around_blocks(toys, kind, policy, training):
+def test_branches_around_blocks(kind, policy, training):
     """All of them have the same streams, or the outputs could not be joined."""
     torch.manual_seed(0)
-    backbone = branched(toys, kind).train(training)
+    backbone = branched(kind).train(training)
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=4, policy=policy).train(training)
     assert len(net.blocks) in (5, 10)
-    truth = Separate(pristine, net, toys.by_hand)
+    truth = Separate(pristine, net)
     for _ in range(2):
         images = torch.randn(2, 3, 9, 10).double()
         gradients = torch.randn(4, 2, 5)
@@ -552,8 +531,8 @@ def test_branches_around_blocks(toys, kind, policy, training):
         ("adds_stem", [4, 4]),
     ],
 )
-def test_streams_fork_no_earlier_than_they_must(toys, kind, rows):
-    backbone = branched(toys, kind)
+def test_streams_fork_no_earlier_than_they_must(kind, rows):
+    backbone = branched(kind)
     net = ElasticNet(backbone, SHAPE, depths=[5, 4, 2, 0], policy="last_stage_first")
     found = []
     for stage in backbone.stages:
@@ -570,8 +549,8 @@ class Impossible(Chain):
         return logits
 
 
-def test_backbone_that_cannot_run_its_depths_together(toys):
-    backbone = Impossible(*two_stages(toys)).double()
+def test_backbone_that_cannot_run_its_depths_together():
+    backbone = Impossible(*two_stages()).double()
     with pytest.raises(ValueError, match=r"Impossible cannot run its depths in one pass: too many"):
         ElasticNet(backbone, SHAPE, depths=4)
     assert not any("forward" in vars(module) for module in backbone.modules())
@@ -582,8 +561,8 @@ def test_backbone_that_cannot_run_its_depths_together(toys):
 
 @given(case=cases(kinds=["residual", "transformer"]))
 @settings(max_examples=20, deadline=None)
-def test_what_depths_have_in_common_runs_once(toys, case):
-    backbone = toys.build(case.kind, case.stages, case.norm)
+def test_what_depths_have_in_common_runs_once(case):
+    backbone = make_backbone(case.kind, case.stages, case.norm)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy)
     rows, images = {}, torch.randn(2, 3, 8, 8).double()
 
@@ -607,52 +586,16 @@ def test_what_depths_have_in_common_runs_once(toys, case):
     assert rows == {**expected, "head": 2 * len(net.depths)}
 
 
-@given(
-    stages=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    policy=st.sampled_from(POLICIES),
-    data=st.data(),
-)
-@settings(max_examples=100, deadline=None)
-def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
-    depths = derive_depths(stages, data.draw(depth_sets(stages), label="depths"), policy)
-    total = sum(stages)
-    blocks = [Block(f"block{i}", 0) for i in range(total)]
-    order = [("", True), ("norm0", True), ("norm0", False)]
-    for i in range(total):
-        inside, after = f"block{i}.norm", f"norm{i + 1}"
-        order += [(f"block{i}", True), (inside, True), (inside, False), (f"block{i}", False)]
-        order += [(after, True), (after, False)]
-    order.append(("", False))
-    norms = [name for name, begins in order if begins and "norm" in name]
-    found = Trace(tuple(blocks), tuple(norms), tuple(order), {})
-    assert fork_levels(found) == 2
-    early = Plan.of(depths, found, level=1)
-    assert early.expansions == {"": Expansion(1, (0,) * len(depths))}
-    plan = Plan.of(depths, found)
-    assert plan.expansions == {}
-    for begun in range(total + 1):
-        prefixes = [depth.kept[:begun] for depth in depths]
-        first = tuple(prefixes.index(prefix) for prefix in dict.fromkeys(prefixes))
-        assert plan.streams[f"norm{begun}"] == Streams(first, len(depths))
-        assert early.streams[f"norm{begun}"].starts == tuple(range(len(depths)))
-        if begun < total:
-            runs = [depth.kept[begun] for depth in depths]
-            inside = tuple(i for i in first if runs[i])
-            assert plan.streams[f"block{begun}.norm"] == Streams(inside, sum(runs))
-            fork = early.forks[f"block{begun}"]
-            assert fork == Fork(len(depths), sum(runs), sum(runs))
-
-
 # Precision and compilation
 
 
 @pytest.fixture
-def float_net(toys, request):
+def float_net(request):
     """A net in float32 and the plain net of each of its depths."""
-    backbone = toys.build(stages=[(3, False), (2, True)]).float()
+    backbone = make_backbone(stages=[(3, False), (2, True)]).float()
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=3, **getattr(request, "param", {}))
-    return net, nn.ModuleList(toys.by_hand(pristine, net, depth) for depth in net.depths)
+    return net, nn.ModuleList(plain_at(pristine, net, depth) for depth in net.depths)
 
 
 @pytest.mark.parametrize("training", [True, False])

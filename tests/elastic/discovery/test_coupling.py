@@ -1,4 +1,4 @@
-"""Layers that mix the samples of a batch run for each depth alone, or are refused."""
+"""Layers that couple the samples of a batch run for each depth alone, or are refused."""
 
 import copy
 
@@ -7,46 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from teamnet_pl.elastic import ElasticNet
-from teamnet_pl.elastic.blocks import trace
+from teamnet_pl.elastic import ElasticNet, trace_backbone
+from tests.helpers.nets import BlockNet, Lambda, Residual, plain_at
 
 SHAPE = (3, 8, 8)
-
-
-class Residual(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *layers)
-
-    def forward(self, x):
-        return x + self.conv(x)
-
-
-class Net(nn.Module):
-    """Two residual blocks, something between the stem and them, something after the logits."""
-
-    def __init__(self, between=None, blocks=(), after=None):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.between = between or nn.Identity()
-        self.blocks = nn.ModuleList([*blocks] or [Residual(), Residual()])
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
-        self.after = after or (lambda logits: logits)
-
-    def forward(self, x):
-        x = self.between(self.stem(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.after(self.head(x))
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class CenterOnBatch(nn.Module):
@@ -69,14 +33,14 @@ class CenterInTraining(nn.Module):
 
 
 class GhostNorm(nn.BatchNorm2d):
-    """Normalises halves of the batch alone."""
+    """Normalizes halves of the batch alone."""
 
     def forward(self, x):
         return torch.cat([super(GhostNorm, self).forward(half) for half in x.chunk(2)])
 
 
 class AroundNorm(nn.Module):
-    """Mixes by itself and by a batch norm inside of it."""
+    """Couples by itself and by a batch norm inside of it."""
 
     def __init__(self):
         super().__init__()
@@ -101,13 +65,13 @@ LAYERS = {
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in LAYERS.items()])
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_that_mixes_runs_for_each_depth_alone(toys, make, training):
+def test_layer_that_couples_runs_for_each_depth_alone(make, training):
     torch.manual_seed(0)
     blocks = [Residual(make()), Residual(make(), nn.Conv2d(4, 4, 1)), Residual(make())]
-    backbone = Net(make(), blocks).double().train(training)
+    backbone = BlockNet(make(), blocks).double().train(training)
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=[3, 2, 0]).train(training)
-    plain = [toys.by_hand(pristine, net, depth) for depth in net.depths]
+    plain = [plain_at(pristine, net, depth) for depth in net.depths]
     for _ in range(2):  # statistics are kept from one to the next
         images = torch.randn(4, *SHAPE).double()
         packed, expected = net.packed(images), [each(images) for each in plain]
@@ -122,10 +86,10 @@ def test_layer_that_mixes_runs_for_each_depth_alone(toys, make, training):
         torch.testing.assert_close(found.eval()(images), each.eval()(images))
 
 
-def test_mixing_layers_are_found_where_they_are():
+def test_coupling_layers_are_found_where_they_are():
     blocks = [Residual(CenterOnBatch()), Residual(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))]
-    found = trace(Net(AroundNorm(), blocks), SHAPE)
-    assert sorted(found.mixing) == [
+    found = trace_backbone(BlockNet(AroundNorm(), blocks), SHAPE)
+    assert sorted(found.coupling) == [
         "between",
         "blocks.0.conv.1",
         "blocks.1.conv.1",
@@ -138,7 +102,7 @@ def test_where_it_does_not_show_yet():
     last = nn.Conv2d(4, 4, 1)
     nn.init.zeros_(last.weight)
     blocks = [Residual(), Residual(CenterOnBatch(), last)]
-    assert trace(Net(blocks=blocks), SHAPE).mixing == ("blocks.1.conv.1",)
+    assert trace_backbone(BlockNet(blocks=blocks), SHAPE).coupling == ("blocks.1.conv.1",)
 
 
 @pytest.mark.parametrize(
@@ -147,17 +111,17 @@ def test_where_it_does_not_show_yet():
         nn.Dropout(0.5),
         nn.GroupNorm(2, 4),
         nn.InstanceNorm2d(4),
-        Function(lambda x: x / x.flatten(1).norm(dim=1)[:, None, None, None]),
+        Lambda(lambda x: x / x.flatten(1).norm(dim=1)[:, None, None, None]),
     ],
     ids=str,
 )
-def test_layers_that_do_not_mix(layer):
-    assert trace(Net(layer, [Residual(layer), Residual()]), SHAPE).mixing == ()
+def test_layers_that_do_not_couple(layer):
+    assert trace_backbone(BlockNet(layer, [Residual(layer), Residual()]), SHAPE).coupling == ()
 
 
-def test_layer_that_mixes_whatever_the_sign_of_the_image():
-    normed = Function(lambda images: images / images.norm())
-    assert trace(nn.Sequential(normed, Net()), SHAPE).mixing == ("0",)
+def test_layer_that_couples_whatever_the_sign_of_the_image():
+    normed = Lambda(lambda images: images / images.norm())
+    assert trace_backbone(nn.Sequential(normed, BlockNet()), SHAPE).coupling == ("0",)
 
 
 # Refused
@@ -185,15 +149,15 @@ class CenteredResidual(Residual):
 @pytest.mark.parametrize(
     ("net", "who"),
     [
-        (lambda: Net(after=lambda logits: logits / logits.norm()), "The backbone"),
-        (lambda: nn.Sequential(Net(after=lambda x: x - x.mean(0))), "0"),
-        (lambda: Net(blocks=[Residual(), CenteredResidual()]), r"blocks\.1"),
-        (lambda: Net(CallsWithTwo()), r"between\.layer"),
+        (lambda: BlockNet(after=lambda logits: logits / logits.norm()), "The backbone"),
+        (lambda: nn.Sequential(BlockNet(after=lambda x: x - x.mean(0))), "0"),
+        (lambda: BlockNet(blocks=[Residual(), CenteredResidual()]), r"blocks\.1"),
+        (lambda: BlockNet(CallsWithTwo()), r"between\.layer"),
     ],
 )
-def test_samples_that_are_mixed_around_blocks_or_with_something_else(net, who):
-    with pytest.raises(ValueError, match=rf"^{who} \(\w+\) mixes the samples of a batch"):
-        trace(net(), SHAPE)
+def test_samples_that_are_coupled_around_blocks_or_with_something_else(net, who):
+    with pytest.raises(ValueError, match=rf"^{who} \(\w+\) couples the samples of a batch"):
+        trace_backbone(net(), SHAPE)
 
 
 class SequenceFirst(nn.Module):
@@ -214,11 +178,11 @@ class SequenceFirst(nn.Module):
 @pytest.mark.parametrize("width", [4, 8, 12])
 def test_batch_axis_that_is_not_the_first(width):
     """The streams lie along the first axis."""
-    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
-        trace(SequenceFirst(), (3, 8, width))
+    with pytest.raises(ValueError, match=r"first axis of the output of blocks\.0 is not the batch"):
+        trace_backbone(SequenceFirst(), (3, 8, width))
 
 
-class Folded(Net):
+class Folded(BlockNet):
     """Quarters of the images in the batch axis, those of one image together, or not."""
 
     def __init__(self, together):
@@ -235,15 +199,15 @@ class Folded(Net):
         return self.head(x)
 
 
-def test_images_that_are_folded_into_the_batch(toys):
+def test_images_that_are_folded_into_the_batch():
     backbone = Folded(together=True)
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=3)
     images = torch.randn(3, *SHAPE)
-    expected = [toys.by_hand(pristine, net, depth)(images) for depth in net.depths]
+    expected = [plain_at(pristine, net, depth)(images) for depth in net.depths]
     torch.testing.assert_close(net.packed(images), torch.stack(expected))
-    with pytest.raises(ValueError, match=r"first axis of what blocks\.0 returns is not the batch"):
-        trace(Folded(together=False), SHAPE)
+    with pytest.raises(ValueError, match=r"first axis of the output of blocks\.0 is not the batch"):
+        trace_backbone(Folded(together=False), SHAPE)
 
 
 # Layers that run more than once
@@ -253,10 +217,11 @@ def test_layer_that_runs_at_two_places():
     norm = nn.BatchNorm2d(4)
     blocks = [Residual(norm), Residual(norm)]
     with pytest.raises(ValueError, match=r"conv\.1 runs in several places"):
-        ElasticNet(Net(blocks=blocks), SHAPE, depths=3)
+        ElasticNet(BlockNet(blocks=blocks), SHAPE, depths=3)
 
 
 def test_layer_that_runs_twice_in_one_block():
     norm = nn.BatchNorm2d(4)
-    net = ElasticNet(Net(blocks=[Residual(norm, nn.ReLU(), norm), Residual()]), SHAPE, depths=3)
+    blocks = [Residual(norm, nn.ReLU(), norm), Residual()]
+    net = ElasticNet(BlockNet(blocks=blocks), SHAPE, depths=3)
     assert [block.name for block in net.blocks] == ["blocks.0", "blocks.1"]

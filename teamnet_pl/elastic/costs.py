@@ -1,21 +1,24 @@
-"""What each depth costs."""
+"""The cost of each depth."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from teamnet_pl.elastic.blocks import Block
 from teamnet_pl.elastic.depths import Depth
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.net import ElasticNet
+from teamnet_pl.elastic.plan import Block
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def cost(net: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Measures the cost of a net for one image.
 
     Args:
-        net: Takes images ``(1, *input_shape)``. An elastic net is measured at the depth it is at.
+        net: Takes images ``(1, *input_shape)``. An elastic net is measured at its current depth.
         input_shape: Shape of one image, ``(channels, height, width)``.
     """
     return Cost(_macs(net, input_shape)[""], sum(p.numel() for p in net.parameters()))
@@ -54,7 +57,7 @@ def depth_costs(net: ElasticNet, input_shape: Sequence[int]) -> dict[str, Cost]:
     """
     with net.at(net.depths[0]):
         costs = costs_without_blocks(net.backbone, net.blocks, net.depths, input_shape)
-    return {depth.name: each for depth, each in zip(net.depths, costs, strict=True)}
+    return {depth.name: cost for depth, cost in zip(net.depths, costs, strict=True)}
 
 
 def costs_without_blocks(
@@ -63,31 +66,31 @@ def costs_without_blocks(
     depths: Iterable[Depth],
     input_shape: Sequence[int],
 ) -> list[Cost]:
-    """Measures what a backbone would cost at each of some depths, in one forward pass.
+    """Measures the cost of a backbone at each of some depths, in one forward pass.
 
     Args:
         backbone: The whole net.
-        blocks: Its skippable blocks, see `trace`.
-        depths: Which of them each depth keeps.
+        blocks: Its skippable blocks, see `trace_backbone`.
+        depths: The depths, each with the blocks that it keeps.
         input_shape: Shape of one image, ``(channels, height, width)``.
 
     Returns:
         The cost of each depth.
     """
     macs = _macs(backbone, input_shape)
-    homes: dict[nn.Parameter, list[str]] = defaultdict(list)
+    names_of: dict[nn.Parameter, list[str]] = defaultdict(list)  # several, if weights are tied
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        homes[parameter].append(name)
+        names_of[parameter].append(name)
     costs = []
     for depth in depths:
-        names = [block.name for block, kept in zip(blocks, depth.kept, strict=True) if not kept]
-        skipped = tuple(f"{name}." for name in names)
+        skipped = [block.name for block, kept in zip(blocks, depth.kept, strict=True) if not kept]
+        beginnings = tuple(f"{name}." for name in skipped)
         parameters = sum(
             parameter.numel()
-            for parameter, own in homes.items()
-            if not all(name.startswith(skipped) for name in own)
+            for parameter, names in names_of.items()
+            if not all(name.startswith(beginnings) for name in names)
         )
-        costs.append(Cost(macs[""] - sum(macs[name] for name in names), parameters))
+        costs.append(Cost(macs[""] - sum(macs[name] for name in skipped), parameters))
     return costs
 
 
@@ -106,18 +109,20 @@ def _macs(net: nn.Module, input_shape: Sequence[int]) -> Counter[str]:
     # A multiply-accumulate is two operations. Names begin with that of the net's class.
     return Counter(
         {
-            "" if name == "Global" else name.partition(".")[2]: sum(own.values()) // 2
-            for name, own in counter.get_flop_counts().items()
+            "" if name == "Global" else name.partition(".")[2]: sum(operations.values()) // 2
+            for name, operations in counter.get_flop_counts().items()
             if name == "Global" or "." in name
         }
     )
 
 
 def cost_table(nets: Iterable[ElasticNet], input_shape: Sequence[int]) -> Table:
-    """Lays the cost of each depth out as a table to print with rich."""
+    """Lays out the cost of each depth as a table to print with rich."""
+    from rich.table import Table
+
     table = Table("depth", "blocks per stage", "MACs", "parameters")
     for net in nets:
-        for depth, each in zip(net.depths, depth_costs(net, input_shape).values(), strict=True):
+        for depth, cost in zip(net.depths, depth_costs(net, input_shape).values(), strict=True):
             stages = "-".join(map(str, depth.per_stage))
-            table.add_row(depth.name, stages, f"{each.macs:,}", f"{each.parameters:,}")
+            table.add_row(depth.name, stages, f"{cost.macs:,}", f"{cost.parameters:,}")
     return table

@@ -5,6 +5,7 @@ from rich.console import Console
 from torch import nn
 
 from teamnet_pl.elastic import Cost, ElasticNet, cost, cost_table, depth_costs
+from tests.helpers.nets import make_backbone
 
 
 class Block(nn.Module):
@@ -74,8 +75,8 @@ def test_cost_of_attention(training, grad):
 
 @pytest.mark.parametrize("per_depth_affine", [False, True])
 @pytest.mark.parametrize("kind", ["residual", "preactivation", "transformer"])
-def test_depths_cost_what_they_cost_once_extracted(toys, kind, per_depth_affine):
-    backbone = toys.build(kind, [(3, False), (2, True)])
+def test_depths_cost_what_they_cost_once_extracted(kind, per_depth_affine):
+    backbone = make_backbone(kind, [(3, False), (2, True)])
     net = ElasticNet(backbone, (3, 8, 8), depths=5, per_depth_affine=per_depth_affine)
     costs = depth_costs(net, (3, 8, 12))
     for depth in net.depths:
@@ -140,7 +141,7 @@ def test_table():
     assert columns["MACs"][0] in printed.get()
 
 
-def test_table_shows_the_blocks_of_each_stage(toys):
-    net = ElasticNet(toys.build(), (3, 8, 8), depths=[[2, 1], [2, 0], [1, 0]])
+def test_table_shows_the_blocks_of_each_stage():
+    net = ElasticNet(make_backbone(), (3, 8, 8), depths=[[2, 1], [2, 0], [1, 0]])
     table = cost_table([net], (3, 8, 8))
     assert list(table.columns[1].cells) == ["2-1", "2-0", "1-0"]

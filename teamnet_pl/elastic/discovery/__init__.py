@@ -1,0 +1,1 @@
+"""What can be skipped in a backbone, found by running a copy of it."""
