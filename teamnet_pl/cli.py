@@ -39,8 +39,8 @@ from teamnet_pl.checkpoints import (
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
-from teamnet_pl.data.loading import UnreadableImageError
 from teamnet_pl.deploy.checkpoint import SavedTeam
+from teamnet_pl.errors import TeamNetError
 from teamnet_pl.settings import run_settings
 
 _FROM_DATA = ("num_classes", "input_shape")
@@ -183,9 +183,8 @@ class TeamCLI(LightningCLI):
             raise
         except MisconfigurationException as error:
             self._parser(subcommand).error(str(error))
-        except UnreadableImageError as error:
-            # From a loader's worker, torch puts the worker's traceback before the message.
-            self._parser(subcommand).error(str(error).rpartition("UnreadableImageError: ")[2])
+        except TeamNetError as error:
+            self._parser(subcommand).error(str(error))
         except OSError as error:  # of the disk or the network, wherever
             self._parser(subcommand).error(str(error))
         except ValueError as error:

@@ -18,5 +18,5 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"This needs {error.name}, which isn't installed: pip install 'teamnet_pl[{extra}]'"
+            f"This needs {error.name}, which is not installed: pip install 'teamnet_pl[{extra}]'"
         ) from error

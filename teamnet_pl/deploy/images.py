@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from teamnet_pl.data.images import read_image, upright
+from teamnet_pl.data.images import convert_image, read_image
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
@@ -111,7 +111,7 @@ class Preprocessing:
         elif isinstance(image, bytes):
             image = read_image("The image", BytesIO(image), channels, self.bits, max_pixels)
         elif isinstance(image, Image.Image):
-            image = upright(image, channels, self.bits)
+            image = convert_image(image, channels, self.bits)
         elif not isinstance(image, Tensor | np.ndarray):
             raise TeamNetError(
                 "An image is a tensor, an array, a PIL image, the path of a file or its content, "

@@ -2,6 +2,9 @@
 
 import csv
 import inspect
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import yaml
 from torchvision.transforms import v2
 
 from teamnet_pl import data
-from teamnet_pl.data.loading import Draw
+from teamnet_pl.data.loading import SeededIndex
 from teamnet_pl.deploy.checkpoint import SavedTeam
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -59,10 +62,48 @@ def test_each_dataset_has_a_config():
         for cls in vars(data).values()
         if inspect.isclass(cls)
         and issubclass(cls, data.ImageDataModule)
-        and cls is not data.ImageDataModule
+        and not inspect.isabstract(cls)
     }
     configs = [yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")]
     assert {config["data"]["class_path"].rpartition(".")[2] for config in configs} == public
+
+
+@pytest.mark.parametrize(("name", "config"), [("Shards", "shards"), ("LitData", "litdata")])
+@pytest.mark.parametrize("option", ["val_fraction", "train_size", "split_seed"])
+def test_images_that_are_read_in_their_order_cannot_be_split(
+    cli, capsys, tmp_path, name, config, option
+):
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", "--config", CONFIGS / f"{config}.yaml", f"--data.{option}", 1)
+    message = capsys.readouterr().err
+    assert option in message
+    assert "Traceback" not in message
+    needed = {"num_classes": 3, "train": "a", "val": "b"}
+    needed |= {"train_images": 9} if name == "Shards" else {}
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        getattr(data, name)(**needed, **{option: 1})
+
+
+def test_importing_data_loads_no_library_that_only_some_datasets_need():
+    """Those that Lightning itself loads are left out of account."""
+    code = """
+        import importlib.machinery, importlib.util, sys
+        import lightning.pytorch, torchvision
+
+        # The package alone, without what `import teamnet_pl` loads.
+        package = importlib.util.module_from_spec(
+            importlib.machinery.ModuleSpec("teamnet_pl", None, is_package=True)
+        )
+        package.__path__ = [sys.argv[1]]
+        sys.modules["teamnet_pl"] = package
+        before = set(sys.modules)
+        import teamnet_pl.data
+        heavy = "sklearn matplotlib timm rich wandb datasets webdataset litdata medmnist".split()
+        print([name for name in heavy if name in set(sys.modules) - before])
+    """
+    folder = Path(data.__file__).parents[1]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("cls", [data.CIFAR10, data.CIFAR100, data.SVHN, data.MNIST, data.EMNIST])
@@ -78,10 +119,10 @@ def test_small_images_are_scaled_last(on_disk, cls):
     stored, scaled = made(), made(image_size=48)
     assert scaled.input_shape == (stored.input_shape[0], 48, 48)
     for name in ("train_set", "val_set", "test_set"):
-        for item in (Draw(i, seed=i) for i in range(5)):
+        for item in (SeededIndex(i, seed=i) for i in range(5)):
             small, large = (getattr(own, name)[item][0] for own in (stored, scaled))
             assert torch.equal(v2.functional.resize(small, [48, 48]), large)
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, found 0"):
         made(image_size=0)
 
 

@@ -109,9 +109,9 @@ def test_standard_augmentation_moves_the_digits_a_little():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 7}, "image_size must be at least 8, got 7"),
-        ({"test_fraction": 0.0}, "test_fraction must be strictly between 0 and 1, got 0.0"),
-        ({"test_fraction": 1.5}, "test_fraction must be strictly between 0 and 1, got 1.5"),
+        ({"image_size": 7}, "image_size must be at least 8, found 7"),
+        ({"test_fraction": 0.0}, "test_fraction must be strictly between 0 and 1, found 0.0"),
+        ({"test_fraction": 1.5}, "test_fraction must be strictly between 0 and 1, found 1.5"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -1,3 +1,4 @@
+import io
 import os
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from teamnet_pl.data import Digits, ImageFolder, ImageNet, Imagenette, TinyImageNet
+from tests.helpers.datasets import encoded, make_photos, pixels
 
 
 def prepared(on_disk, cls, stage, **kwargs):
@@ -21,9 +23,9 @@ def prepared(on_disk, cls, stage, **kwargs):
 def test_labels_are_the_places_of_the_sorted_ids(on_disk, cls, stage, split):
     data = prepared(on_disk, cls, stage, image_size=32)
     dataset = (data.train_set if stage == "fit" else data.test_set).dataset
-    photos = on_disk.photos({"train": 8, "val": 3})
+    photos = make_photos({"train": 8, "val": 3})
     truth = {
-        Image.open(on_disk.stream(content)).convert("RGB").tobytes(): int(name.split("/")[1][2])
+        Image.open(io.BytesIO(content)).convert("RGB").tobytes(): int(name.split("/")[1][2])
         for name, content in photos.items()
         if name.startswith(split)
     }
@@ -39,8 +41,8 @@ def test_tiny_imagenet(on_disk):
     data.setup("test")
     for j in range(9):
         image, label = data.test_set.dataset[j]
-        content = on_disk.encoded(on_disk.pixels(1, 64, seed=90 + j)[0])
-        np.testing.assert_array_equal(image, Image.open(on_disk.stream(content)))
+        content = encoded(pixels(1, 64, seed=90 + j)[0])
+        np.testing.assert_array_equal(image, Image.open(io.BytesIO(content)))
         assert label == (2 * j) % 3
 
 
@@ -57,8 +59,8 @@ def test_tiny_imagenet_annotations_of_another_class(on_disk):
         data.setup("test")
 
 
-def test_tiny_imagenet_is_downloaded(on_disk, serve, tmp_path, monkeypatch):
-    address = serve(on_disk.tiny_imagenet())
+def test_tiny_imagenet_is_downloaded(on_disk, file_server, tmp_path, monkeypatch):
+    address = file_server.start(on_disk.tiny_imagenet())
     monkeypatch.setattr(TinyImageNet, "archive", f"{address}/tiny-imagenet-200.zip")
     data = TinyImageNet(root=tmp_path / "new")
     data.prepare_data()
@@ -145,7 +147,7 @@ def test_the_recipe_crops_and_flips(on_disk, cls, least):
 
 
 def test_image_size_out_of_range():
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, found 0"):
         ImageNet(image_size=0)
 
 
