@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from teamnet_pl.atomic import write_text
+from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.callbacks.folder import results_folder
 from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
@@ -92,7 +92,7 @@ class DepthReport(Callback):
             return
         folder = results_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "per_depth.json", json.dumps(_records(rows), indent=2))
+        atomic_write_text(folder / "per_depth.json", json.dumps(_records(rows), indent=2))
         if self.picture:
             figure = draw_report(rows)
             path = folder / "per_depth.png"

@@ -129,6 +129,24 @@ class EncodedImageDataModule(ImageDataModule):
                 stacklevel=2,
             )
 
+    def set_classes(self, num_classes: int, classes: Sequence[str] | None) -> None:
+        """Sets the classes of a dataset that does not name them itself.
+
+        Args:
+            num_classes: Number of classes.
+            classes: Names of the classes in the order of the labels; None if classes only have
+                numbers.
+
+        Raises:
+            ValueError: If the number of names is not that of the classes.
+        """
+        if classes is not None and len(classes) != num_classes:
+            raise TeamNetError(
+                f"classes must have a name for each of {num_classes} classes, found {len(classes)}."
+            )
+        self.num_classes = num_classes
+        self.classes = classes
+
     def detect_bits(self, largest: int | None) -> None:
         """Sets ``bits`` to those of the training images, unless the user has set them.
 

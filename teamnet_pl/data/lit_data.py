@@ -26,7 +26,7 @@ from teamnet_pl.data.map_style import MapStyleDataModule
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
-_BLOCK = 256  # images that are shuffled together, as litdata reads so many rows at once
+_BLOCK = 256  # images that are shuffled together: litdata reads this many rows at once
 _STORES = ("s3://", "gs://", "azure://")
 
 
@@ -259,12 +259,7 @@ class LitData(EncodedImageDataModule, MapStyleDataModule):
     ) -> None:
         super().__init__(image_size=image_size, **kwargs)
         require("litdata", "litdata")
-        self.num_classes = num_classes
-        self.classes = classes
-        if classes is not None and len(classes) != num_classes:
-            raise TeamNetError(
-                f"classes must have a name for each of {num_classes} classes, found {len(classes)}."
-            )
+        self.set_classes(num_classes, classes)
         self.folders = {"train": train, "val": val, "test": test}
         self.keys = {"image_key": image_key, "label_key": label_key}
         self.cache_dir = cache_dir

@@ -253,12 +253,7 @@ class Shards(EncodedImageDataModule):
         library = require("webdataset", "webdataset")
         if buffer < 1:
             raise TeamNetError(f"buffer must be at least 1, found {buffer}.")
-        self.num_classes = num_classes
-        self.classes = classes
-        if classes is not None and len(classes) != num_classes:
-            raise TeamNetError(
-                f"classes must have a name for each of {num_classes} classes, found {len(classes)}."
-            )
+        self.set_classes(num_classes, classes)
         self.input_shape = (channels, image_size, image_size)
         self.train_images = train_images
         self.buffer = buffer

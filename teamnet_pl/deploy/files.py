@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from teamnet_pl.atomic import write_text
+from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.export import save_executorch, save_program, save_weights
@@ -124,7 +124,7 @@ def export_files(
             path = folder / f"{depth['name']}.int8.onnx"
             accuracy = _save_int8(teammate, depth["name"], path, images, data)
             depth["files"]["onnx_int8"] = _entry(path) | accuracy
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
 

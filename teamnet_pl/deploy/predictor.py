@@ -20,7 +20,7 @@ from teamnet_pl.deploy.profile import Profile, profile_depths, run_timed
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.errors import TeamNetError
-from teamnet_pl.trust import Trust, naming
+from teamnet_pl.trust import Trust, errors_naming
 
 CALIBRATION_RUNS = 10
 """Runs of each depth that tell its latency where no profile does."""
@@ -193,7 +193,7 @@ class Predictor:
                 "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
                 "own."
             )
-        with naming(path):
+        with errors_naming(path):
             preprocessing = Preprocessing.from_config(net.preprocessing, Trust(path, trust_import))
         return cls(
             net,

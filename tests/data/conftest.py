@@ -7,7 +7,7 @@ from tests.helpers.datasets import DatasetWriter, FileServer
 
 @pytest.fixture
 def on_disk(tmp_path, monkeypatch):
-    """Writes datasets to a folder of its own."""
+    """Writes datasets to a new folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     return DatasetWriter(folder, monkeypatch)

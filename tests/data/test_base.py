@@ -24,7 +24,7 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 0.2)
 
 
 def toy_pixels(index: int, label: int) -> np.ndarray:
-    """Red tells the class, green the sample, blue left from right."""
+    """Red encodes the class, green the sample, and blue the left half."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     pixels[..., 0] = label * 85
     pixels[..., 1] = index
@@ -74,12 +74,12 @@ def toy(stage: str = "fit", seed: int = 0, **kwargs) -> Toy:
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
-    """The values 0..255 of what a loader serves."""
+    """The images of a loader in 0..255."""
     return images.numpy() * (1 if images.dtype == torch.uint8 else 255.0)
 
 
 def unnormalized(images: torch.Tensor) -> torch.Tensor:
-    """The values in [0, 1] of what a net is given."""
+    """The input of a net in [0, 1]."""
     assert images.dtype == torch.float32
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
@@ -117,7 +117,7 @@ def test_evaluation_batches_are_the_normalized_images_in_order(loader):
     val_fraction=st.floats(0.05, 0.9),
     split_seed=st.integers(0, 2**32 - 1),
 )
-def test_train_and_val_part_the_training_split_by_label(batch_size, val_fraction, split_seed):
+def test_train_and_val_divide_the_training_split_by_label(batch_size, val_fraction, split_seed):
     data = toy(batch_size=batch_size, val_fraction=val_fraction, split_seed=split_seed)
     val = served(data.val_dataloader())
     train = served(data.train_dataloader())
@@ -223,7 +223,7 @@ def test_serving_leaves_the_random_state_alone():
     data = toy(batch_size=7, train_transform=v2.ColorJitter(0.5), mixup_alpha=1)
     before = torch.get_rng_state()
     list(data.train_dataloader())
-    # But for the loader's own: torch draws a seed for workers, also if there are none.
+    # Except for one draw of the loader: torch draws a seed for workers even if there are none.
     torch.set_rng_state(before)
     torch.empty((), dtype=torch.int64).random_()
     after = torch.get_rng_state()
@@ -434,14 +434,14 @@ def test_the_net_is_given_normalized_images_in_its_precision(precision, dtype, m
     make_data_trainer(precision=precision).fit(model, datamodule=data)
     ((images, _),) = model.seen
     assert images.dtype == dtype
-    found = images.double().numpy()
+    values = images.double().numpy()
     # Each channel's ends, by hand: all are reached, mixed or not.
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         top = 199 / 255 if channel == 1 else 1
-        assert found[:, channel].min() >= (0 - mean) / std - 0.01
-        assert found[:, channel].max() <= (top - mean) / std + 0.02
-    assert found[:, 2, :, 0].min() == pytest.approx((1 - 0.125) / 0.2, rel=0.01)
-    assert found[:, 2, :, -1].max() == pytest.approx((0 - 0.125) / 0.2, rel=0.01)
+        assert values[:, channel].min() >= (0 - mean) / std - 0.01
+        assert values[:, channel].max() <= (top - mean) / std + 0.02
+    assert values[:, 2, :, 0].min() == pytest.approx((1 - 0.125) / 0.2, rel=0.01)
+    assert values[:, 2, :, -1].max() == pytest.approx((0 - 0.125) / 0.2, rel=0.01)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -465,7 +465,7 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
 
 
 class OwnSeeds(Toy):
-    """Each process has a random state of its own."""
+    """Each process has a different random state."""
 
     def setup(self, stage):
         torch.manual_seed(self.trainer.global_rank)
@@ -475,7 +475,7 @@ class OwnSeeds(Toy):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_less_than_a_batch_each(tmp_path):
-    """Nothing is dropped or seen twice, though their seeds differ."""
+    """Nothing is dropped or seen twice, although their seeds differ."""
     fit = make_data_trainer(strategy="ddp_fork", devices=2)
     data = OwnSeeds(batch_size=100, train_transform=[])
     fit.fit(BatchRecorder(tmp_path), datamodule=data)
@@ -499,7 +499,7 @@ def test_two_processes_share_less_than_a_batch_each(tmp_path):
     ],
     ids=str,
 )
-def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path, checkpoint, workers):
+def test_a_resumed_run_continues_with_the_same_batches(tmp_path, checkpoint, workers):
     def run(num_workers, seed, **kwargs):
         pl.seed_everything(seed, verbose=False)
         data = Digits(batch_size=40, train_size=120, mixup_alpha=1, num_workers=num_workers)
@@ -550,7 +550,7 @@ def test_overfitting_sees_the_same_few_batches(tmp_path):
 
 
 def test_a_test_run_has_a_state(tmp_path):
-    """Whatever saves a checkpoint then."""
+    """For any code that saves a checkpoint during a test."""
     data = toy("test")
     other = Toy()
     other.load_state_dict(data.state_dict())
@@ -558,7 +558,7 @@ def test_a_test_run_has_a_state(tmp_path):
 
 
 def test_loader_processes():
-    """None if the CPU trains; for GPUs see the documentation."""
+    """No worker if the CPU trains; for GPUs as documented."""
     data = toy()
     assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
     on_gpu = SimpleNamespace(
@@ -651,8 +651,8 @@ def test_count_of_images_and_labels_differ():
         (20, 1, [20]),
     ],
 )
-def test_a_last_batch_is_left_out_where_it_is_short(monkeypatch, images, processes, expected):
-    """One image alone would stop batch norm. Each process has its share, rounded up."""
+def test_an_incomplete_last_batch_is_left_out(monkeypatch, images, processes, expected):
+    """Batch norm fails on a single image. The share of each process is rounded up."""
     for rank in range(processes):
         monkeypatch.setattr(Digits, "_processes", lambda self, rank=rank: (processes, rank))
         data = Digits(batch_size=32, train_size=images, train_transform=[])

@@ -61,13 +61,13 @@ def test_standard_augmentation(on_disk, cls):
     shifts, flips = set(), set()
     for i, index in enumerate(data.train_set.indices):
         padded = np.pad(images[index], ((0, 0), (4, 4), (4, 4)))
-        found = data.train_set[i][0].numpy()
+        image = data.train_set[i][0].numpy()
         ((top, left, flip),) = (
             (top, left, flip)
             for top in range(9)
             for left in range(9)
             for flip in (1, -1)
-            if np.array_equal(padded[:, top : top + 32, left : left + 32][..., ::flip], found)
+            if np.array_equal(padded[:, top : top + 32, left : left + 32][..., ::flip], image)
         )
         shifts.add((top, left))
         flips.add(flip)

@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-# The first ones, as the files or the datasets' authors call them.
+# The first names, as in the files or in the publication of the dataset.
 CLASSES = {
     "cifar10": ["class 0", "class 1", "class 2"],
     "cifar100": ["class 0", "class 1", "class 2"],
@@ -70,7 +70,7 @@ def test_each_dataset_has_a_config():
 
 @pytest.mark.parametrize(("name", "config"), [("Shards", "shards"), ("LitData", "litdata")])
 @pytest.mark.parametrize("option", ["val_fraction", "train_size", "split_seed"])
-def test_images_that_are_read_in_their_order_cannot_be_split(
+def test_data_modules_without_known_labels_have_no_options_of_splits(
     cli, capsys, tmp_path, name, config, option
 ):
     with pytest.raises(SystemExit):
@@ -85,7 +85,7 @@ def test_images_that_are_read_in_their_order_cannot_be_split(
 
 
 def test_importing_data_loads_no_library_that_only_some_datasets_need():
-    """Those that Lightning itself loads are left out of account."""
+    """Libraries that Lightning itself loads do not count."""
     code = """
         import importlib.machinery, importlib.util, sys
         import lightning.pytorch, torchvision
@@ -109,29 +109,29 @@ def test_importing_data_loads_no_library_that_only_some_datasets_need():
 @pytest.mark.parametrize("cls", [data.CIFAR10, data.CIFAR100, data.SVHN, data.MNIST, data.EMNIST])
 def test_small_images_are_scaled_last(on_disk, cls):
     def made(**kwargs):
-        found = cls(root=root, val_fraction=0.25, **kwargs)
-        found.prepare_data()
+        data_module = cls(root=root, val_fraction=0.25, **kwargs)
+        data_module.prepare_data()
         for stage in ("fit", "test"):
-            found.setup(stage)
-        return found
+            data_module.setup(stage)
+        return data_module
 
     root = getattr(on_disk, cls.__name__.lower())()
     stored, scaled = made(), made(image_size=48)
     assert scaled.input_shape == (stored.input_shape[0], 48, 48)
     for name in ("train_set", "val_set", "test_set"):
         for item in (SeededIndex(i, seed=i) for i in range(5)):
-            small, large = (getattr(own, name)[item][0] for own in (stored, scaled))
+            small, large = (getattr(data_module, name)[item][0] for data_module in (stored, scaled))
             assert torch.equal(v2.functional.resize(small, [48, 48]), large)
     with pytest.raises(ValueError, match="image_size must be at least 1, found 0"):
         made(image_size=0)
 
 
 def last_metrics(folder, version):
-    found = {}
+    metrics = {}
     with open(folder / f"logs/version_{version}/metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
-            found |= {name: float(value) for name, value in row.items() if value}
-    return found
+            metrics |= {name: float(value) for name, value in row.items() if value}
+    return metrics
 
 
 def train_and_test(cli, folder, *options):
@@ -172,7 +172,7 @@ def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_fashion_mnist_whole(cli, tmp_path):
-    """With a net of less, as it is 70,000 images."""
+    """On a smaller team, since there are 70,000 images."""
     options = ["--data.root", DEBIAN, "--data.batch_size", 256, "--data.train_transform", "null"]
     options += ["--model.leader", "null", "--model.b", "null", "--model.a.depths", 2]
     options += ["--trainer.limit_train_batches", 1.0, "--test_after_fit", "true"]

@@ -86,7 +86,7 @@ def test_standard_augmentation_moves_the_digits_a_little():
     data, plain = digits(), digits(train_transform=[])
     rows, columns = np.mgrid[:8, :8]
 
-    def centre(image):
+    def center(image):
         weights = image[0].numpy()
         return np.array([(rows * weights).sum(), (columns * weights).sum()]) / weights.sum()
 
@@ -95,7 +95,7 @@ def test_standard_augmentation_moves_the_digits_a_little():
 
     pairs = [(plain.train_set[i][0], data.train_set[i][0]) for i in range(300)]
     assert not any(torch.equal(before, after) for before, after in pairs)
-    shifts = np.array([centre(after) - centre(before) for before, after in pairs])
+    shifts = np.array([center(after) - center(before) for before, after in pairs])
     assert np.abs(shifts).max() < 2
     assert 0.4 < shifts.std() < 1
     assert np.abs(shifts.mean(0)).max() < 0.2

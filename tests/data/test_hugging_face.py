@@ -125,7 +125,7 @@ def test_no_such_dataset(on_disk, tmp_path, monkeypatch):
         HuggingFace(path=f"{tmp_path}/empty")
 
 
-def test_without_download_only_a_folder_will_do(on_disk, monkeypatch):
+def test_without_download_the_path_must_be_a_folder(on_disk, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("asked the Hub")
 
@@ -137,7 +137,7 @@ def test_without_download_only_a_folder_will_do(on_disk, monkeypatch):
 
 
 def test_images_in_files_beside_them(on_disk, tmp_path):
-    """As the library's own ImageFolder has them."""
+    """In the layout of the library's ImageFolder."""
     on_disk.parquet()
     for split in ("train", "test"):
         for name in ("ant", "bee"):

@@ -27,14 +27,14 @@ from tests.helpers.datasets import (
     same_tensors,
 )
 
-# As it is ignored by litdata, of whose tensors images are copied.
+# litdata ignores this warning too; its tensors are copied.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 COUNTS = {"train": 40, "val": 7, "test": 6}
 
 
 def lit_data(on_disk, stage="fit", **kwargs):
-    """Images as they are, in batches of 4."""
+    """Images without transforms, in batches of 4."""
     pl.seed_everything(0, verbose=False)
     for split, count in COUNTS.items():
         if split not in kwargs and not (on_disk.folder / split).exists():
@@ -88,9 +88,9 @@ def test_jpeg_files_are_decoded_as_by_pillow(on_disk, kind):
     make = litdata.Jpeg if kind == "jpeg" else dict
     samples = [make(bytes=file) if kind == "jpeg" else file for file in files]
     on_disk.litdata(samples, "val", sample=lambda sample: (sample, 0))
-    found = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
+    images = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
     truth = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
-    np.testing.assert_array_equal(found.permute(0, 2, 3, 1), truth)
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), truth)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_grey_images(on_disk, make):
         on_disk.litdata(grey, split, sample=lambda image: (make(image), 1))
     data = lit_data(on_disk, channels=1)
     assert data.input_shape == (1, 24, 24)
-    found = torch.cat([images for images, _ in data.val_dataloader()])
-    np.testing.assert_array_equal(found[:, 0], np.stack(grey))
-    colour = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
-    np.testing.assert_array_equal(colour, np.stack([grey] * 3, axis=1))
+    images = torch.cat([images for images, _ in data.val_dataloader()])
+    np.testing.assert_array_equal(images[:, 0], np.stack(grey))
+    color = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
+    np.testing.assert_array_equal(color, np.stack([grey] * 3, axis=1))
 
 
 def test_keys_are_named(on_disk):
@@ -140,7 +140,7 @@ def test_an_epoch_takes_chunk_after_chunk(on_disk):
         assert sorted(visits) == list(range(5))
         assert visits != sorted(visits)
         within = [[number for number in order if number // 9 == chunk] for chunk in range(4)]
-        assert all(own != sorted(own) for own in within)
+        assert all(numbers != sorted(numbers) for numbers in within)
     assert first != second
     assert numbers_in(lit_data(on_disk).train_dataloader()) == first
 
@@ -150,16 +150,16 @@ def test_blocks_are_shuffled_and_so_are_their_images():
     order = [drawn.index for drawn in sampler]
     assert sorted(order) == list(range(1400))
     chunk = np.split(np.arange(700), [256, 512])
-    own = [image for image in order if image < 700]
-    blocks = [next(i for i, block in enumerate(chunk) if image in block) for image in own]
+    first_chunk = [image for image in order if image < 700]
+    blocks = [next(i for i, block in enumerate(chunk) if image in block) for image in first_chunk]
     visits = [block for block, _ in itertools.groupby(blocks)]
     assert sorted(visits) == [0, 1, 2]
     orders = set()
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        own = [drawn.index for drawn in sampler if drawn.index < 700]
-        orders.add(tuple(dict.fromkeys(image // 256 for image in own)))
-        assert own[:100] != sorted(own[:100])
+        images = [drawn.index for drawn in sampler if drawn.index < 700]
+        orders.add(tuple(dict.fromkeys(image // 256 for image in images)))
+        assert images[:100] != sorted(images[:100])
     assert len(orders) == 6
 
 
@@ -192,15 +192,15 @@ def test_any_number_of_workers_gives_the_same_batches(on_disk):
             on_disk, num_workers=num_workers, train_transform=v2.ColorJitter(0.5), mixup_alpha=1
         )
         loader = data.train_dataloader()
-        found = flat(batch for _ in range(2) for batch in loader)
-        return found, numbers_in(data.val_dataloader())
+        batches = flat(batch for _ in range(2) for batch in loader)
+        return batches, numbers_in(data.val_dataloader())
 
     expected, val = epochs(0)
     assert len(expected) == 2 * 2 * 10
     assert val == list(range(7))
     for num_workers in (1, 2):
-        found, val = epochs(num_workers)
-        assert same_tensors(found, expected)
+        batches, val = epochs(num_workers)
+        assert same_tensors(batches, expected)
         assert val == list(range(7))
 
 
@@ -214,7 +214,7 @@ def test_loaders_pickle_for_spawned_workers(on_disk):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize(("every", "on_error"), [(14, "raise"), (3, "skip"), (10, "raise")])
-def test_a_resumed_run_goes_on_with_the_same_batches(on_disk, tmp_path, workers, every, on_error):
+def test_a_resumed_run_continues_with_the_same_batches(on_disk, tmp_path, workers, every, on_error):
     def run(num_workers, ckpt_path=None):
         data = lit_data(
             on_disk,
@@ -240,7 +240,7 @@ def broken(label=0):
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_the_order_of_one(on_disk, monkeypatch):
     order = numbers_in(lit_data(on_disk).train_dataloader())
-    # litdata, which has its own way to share, must not share again.
+    # litdata must not divide the images among the processes a second time.
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setattr(LitData, "_processes", lambda self, rank=rank: (2, rank))
@@ -274,7 +274,7 @@ def test_two_processes_share_evenly_without_loss(on_disk, tmp_path):
 def test_broken_images(on_disk):
     on_disk.litdata(
         [png_and_label(i) if i != 17 else broken() for i in range(40)],
-        sample=lambda found: found | {"image": litdata.Image(bytes=found["image"])},
+        sample=lambda sample: sample | {"image": litdata.Image(bytes=sample["image"])},
     )
     for split in ("val", "test"):
         on_disk.litdata(range(6), split, sample=lambda i: png_and_label(i) if i != 3 else broken())
@@ -285,7 +285,7 @@ def test_broken_images(on_disk):
         list(data.train_dataloader())
     data = lit_data(on_disk, on_error="skip")
     train = numbers_in(data.train_dataloader())
-    assert sorted(train) == sorted([*range(17), 18, *range(18, 40)])  # the next one stands in
+    assert sorted(train) == sorted([*range(17), 18, *range(18, 40)])  # the next one instead
     assert numbers_in(data.val_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
@@ -404,8 +404,8 @@ def test_a_folder_is_read_in_place(on_disk, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["chunk", "batch", "sample"])
-def test_compressed_chunks_are_left_as_they_are(on_disk, tmp_path, level):
-    """litdata would put decompressed ones in their place."""
+def test_compressed_chunks_stay_unchanged(on_disk, tmp_path, level):
+    """litdata would replace them by decompressed ones."""
     pytest.importorskip("zstd")
     on_disk.litdata(
         range(40),
@@ -422,7 +422,7 @@ def test_compressed_chunks_are_left_as_they_are(on_disk, tmp_path, level):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_what_optimize_writes(on_disk):
+def test_output_of_optimize(on_disk):
     litdata.optimize(
         png_and_label,
         list(range(40)),
@@ -439,7 +439,7 @@ def test_what_optimize_writes(on_disk):
 
 @pytest.fixture
 def store(on_disk, file_server, tmp_path, monkeypatch):
-    """An object store with the folders; its address."""
+    """The address of an object store with the folders."""
     bucket = tmp_path / "stored/bucket"
     for split, count in COUNTS.items():
         on_disk.litdata(range(count), split, chunk_size=20)
@@ -468,7 +468,7 @@ def test_chunks_come_from_an_object_store_once(on_disk, file_server, store, tmp_
 
 
 @pytest.mark.fault("an object store lacks the data", "an error that names it")
-def test_what_a_store_has_not_is_named(on_disk, store, tmp_path):
+def test_a_folder_that_the_store_lacks_is_named(on_disk, store, tmp_path):
     with pytest.raises(ValueError, match=r"litdata cannot read s3://bucket/none: .*404"):
         lit_data(on_disk, train=f"{store}/none", cache_dir=str(tmp_path))
 

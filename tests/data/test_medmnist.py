@@ -54,7 +54,7 @@ def test_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chestmnist", "organmnist3d", "mnist"])
-def test_what_is_not_for_classifiers_of_images(name):
+def test_datasets_in_3d_or_with_several_labels_are_refused(name):
     with pytest.raises(ValueError, match=f"one of pathmnist, .*found '{name}'"):
         MedMNIST(name=name)
 

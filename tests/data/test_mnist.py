@@ -170,7 +170,7 @@ def test_emnist(on_disk, variant, classes, first):
     data.prepare_data()
     data.setup("test")
     ((images, labels),) = data.test_dataloader()
-    truth = helpers.pixels(classes, 28, 1).transpose(0, 2, 1)  # they lie on their side
+    truth = helpers.pixels(classes, 28, 1).transpose(0, 2, 1)  # the files hold them transposed
     np.testing.assert_array_equal(pixels(images), truth)
     assert labels.tolist() == list(range(classes))
 

@@ -16,7 +16,7 @@ SIZES = [11, 7, 9, 13]  # 40 images
 
 
 def shards(on_disk, stage="fit", **kwargs):
-    """Images as they are, in batches of 4."""
+    """Images without transforms, in batches of 4."""
     pl.seed_everything(0, verbose=False)
     options = {
         "train": on_disk.shards(SIZES),
@@ -73,7 +73,7 @@ def test_a_buffer_of_one_does_not_shuffle_within_a_shard(on_disk):
     assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
 
 
-def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
+def test_an_epoch_longer_than_the_shards_repeats_them(on_disk):
     data = shards(on_disk, train_images=80)
     order = numbers_in(data.train_dataloader())
     assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
@@ -92,7 +92,7 @@ def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
         (3, 14, "skip"),
     ],
 )
-def test_a_resumed_run_goes_on_with_the_same_batches(
+def test_a_resumed_run_continues_with_the_same_batches(
     on_disk, tmp_path, num_workers, every, on_error
 ):
     def run(ckpt_path=None):
@@ -120,30 +120,30 @@ def test_processes_share_the_shards(on_disk, rank, monkeypatch):
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, rank))
     data = shards(on_disk, train_images=16)
     assert len(data.train_dataloader()) == 2
-    own = numbers_in(data.train_dataloader())
+    numbers = numbers_in(data.train_dataloader())
     val = sorted(numbers_in(data.val_dataloader()))
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, 1 - rank))
     others = numbers_in(shards(on_disk, train_images=16).train_dataloader())
-    assert len(own) == len(others) == 8
-    assert not set(own) & set(others)
+    assert len(numbers) == len(others) == 8
+    assert not set(numbers) & set(others)
     assert val == ([0, 2, 4, 6], [1, 3, 5])[rank]  # each once
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
-    """Also where an image is skipped."""
-    found, batches = set(), set()
+    """Even if an image is skipped."""
+    numbers, batches = set(), set()
     for rank in range(3):
         monkeypatch.setattr(Shards, "_processes", lambda self, rank=rank: (3, rank))
         data = shards(on_disk, batch_size=1, num_workers=num_workers, on_error="skip")
         path = on_disk.folder / "val-0.tar"
         path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 1))
-        own = list(data.val_dataloader())
-        batches.add(len(own))
-        found |= set(numbers_in(own))
+        val = list(data.val_dataloader())
+        batches.add(len(val))
+        numbers |= set(numbers_in(val))
     assert batches == {3}
-    assert found == {1, 2, 3, 4, 5, 6}
+    assert numbers == {1, 2, 3, 4, 5, 6}
 
 
 @pytest.mark.fault(
@@ -233,7 +233,7 @@ def test_shards_from_elsewhere(on_disk, file_server):
 @pytest.mark.fault("a tar shard was cut between two files", "an error that names the shard")
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_a_shard_without_its_end(on_disk, tmp_path, ending):
-    """Each cut at the end of a file in it would make a valid but shorter archive."""
+    """A cut between two files would make a valid but shorter archive."""
     on_disk.shards([5, 2], "val")
     whole = (on_disk.folder / "val-0.tar").read_bytes()
     with tarfile.open(on_disk.folder / "val-0.tar") as archive:
@@ -253,7 +253,7 @@ def test_a_shard_without_its_end(on_disk, tmp_path, ending):
             list(read_samples(str(path)))
 
 
-def test_a_shard_cut_in_the_midst_of_its_compressed_bytes(on_disk, tmp_path):
+def test_a_shard_cut_within_its_compressed_bytes(on_disk, tmp_path):
     on_disk.shards([5, 2], "val")
     content = gzip.compress((on_disk.folder / "val-0.tar").read_bytes())
     path = tmp_path / "shard.tar.gz"
@@ -263,7 +263,7 @@ def test_a_shard_cut_in_the_midst_of_its_compressed_bytes(on_disk, tmp_path):
             list(read_samples(str(path)))
 
 
-def test_bits_are_found_in_one_reading_of_the_first_images(on_disk, monkeypatch):
+def test_bits_are_detected_in_one_reading_of_the_first_images(on_disk, monkeypatch):
     members = {}
     for number in range(20):
         values = np.full((24, 24), 4000 - number, dtype=np.uint16)
