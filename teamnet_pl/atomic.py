@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file that takes the place of another once it is whole.
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a new file that replaces an old one when it is complete.
 
-    It is written beside the other, to ``.<name>.tmp``, and renamed when its content is on the disk.
-    Whatever happens before, a kill included, leaves the other as it was; a temporary file that a
-    kill left behind is overwritten by the next one.
+    The new file is written beside the old one, to ``.<name>.tmp``, and renamed when its content is
+    on the disk. Any failure before that, even a killed process, leaves the old file unchanged. A
+    temporary file left by a killed process is overwritten by the next one.
 
     Args:
-        path: The file.
+        path: The file; missing folders are made.
 
     Yields:
         The new file, open for writing bytes.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,20 +42,20 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or the name may be lost in a power failure
+            os.fsync(folder)  # otherwise, a power failure may lose the name
         finally:
             os.close(folder)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file that takes the place of another once it is whole.
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes a text file that replaces an old one when it is complete; see `atomic_write`.
 
     Args:
         path: The file.
         text: Its content.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())

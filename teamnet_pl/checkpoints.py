@@ -1,4 +1,4 @@
-"""Files with weights: read without running anything in them, and written whole or not at all."""
+"""Weight files: read without running code in them, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from teamnet_pl.atomic import replacing
+from teamnet_pl.atomic import atomic_write
 from teamnet_pl.errors import TeamNetError
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Loads a file that `torch.save` or safetensors wrote, as tensors and plain values.
+    """Loads a file written by `torch.save` or safetensors, as tensors and plain values.
 
     Args:
-        path: The file; a name that ends in ``.safetensors`` is of that format.
-        map_location: Device that the tensors go to.
+        path: The file; the name of a safetensors file ends in ``.safetensors``.
+        map_location: Device of the loaded tensors.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not such a file, is damaged (by the checksums in it), holds more than
-            tensors and plain values (nothing else is unpickled), or is not a dictionary.
+        ValueError: If the file has another format, is damaged (by its checksums), holds more than
+            tensors and plain values (nothing else is unpickled), or does not hold a dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,14 +39,14 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=map_location)
-        # torch.load itself does not look at the checksums that torch.save wrote.
+        # torch.load does not verify the checksums written by torch.save.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a hostile file makes it raise
+    except Exception as error:  # a hostile file can make the unpickler raise errors of any class
         reason = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
         raise TeamNetError(
             f"{path} is not a checkpoint, or is damaged: it does not load as tensors and plain "
@@ -60,10 +60,10 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """A name for weights: the same for the same values under the same names, on any device.
+    """Computes a digest of weights that depends on their names and values, not on the device.
 
     Args:
-        state: As ``state_dict()`` returns it.
+        state: A state dict.
 
     Returns:
         64 hexadecimal digits (SHA-256).
@@ -79,26 +79,26 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
     """Refuses weights that are infinite or NaN.
 
     Args:
-        weights: By name.
-        source: What they belong to, for messages.
+        weights: The weights by name.
+        source: Their file or net, for messages.
 
     Raises:
-        ValueError: If one is; the message names the first such tensor.
+        ValueError: If a weight is infinite or NaN; the message names the first such tensor.
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
             wrong = int((~weight.isfinite()).sum())
             raise TeamNetError(
                 f"{source} has weights that are infinite or NaN: {wrong:,} of {weight.numel():,} "
-                f"values of {name}, the first such tensor. Use a checkpoint from before they were."
+                f"values of {name}, the first such tensor. Use an earlier checkpoint."
             )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints such that a file is the old one or the new one, whole, whatever happens.
+    """Saves checkpoints atomically: after any failure, a file is the complete old or new one.
 
-    Lightning's own way writes to the system's temporary folder and copies over the old file. The
-    command line uses this one; a `Trainer` takes it as a plugin.
+    Lightning's default writes to the temporary folder of the system and copies over the old file.
+    The command line uses this class; a `Trainer` takes it as a plugin.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -111,39 +111,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Saves a checkpoint.
 
         Args:
-            checkpoint: Its content.
+            checkpoint: The content.
             path: The file; an address of remote storage is left to Lightning.
             storage_options: Must be None, as in Lightning.
 
         Raises:
-            OSError: If it cannot be written; the old file is still there then.
+            OSError: If the file cannot be written; the old file is kept.
         """
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # the latter from torch, for a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(
-                f"The checkpoint {path} could not be saved: {cause}. What was there before is "
-                "still there. Make room, or choose another folder by --checkpoint.dirpath."
+                f"The checkpoint {path} could not be saved: {cause}. The old file is kept. Make "
+                "room, or choose another folder with --checkpoint.dirpath."
             ) from error
 
 
 @contextmanager
-def no_larger_than(size: int, source: object) -> Iterator[None]:
-    """Ends the making of a net that is much larger than the weights that it is made for.
+def limit_parameters(size: int, source: object) -> Iterator[None]:
+    """Stops the construction of a net that is much larger than the weights it is made for.
 
-    Else a few words in a file, such as a width, would take all of the machine's memory and time.
+    Otherwise, a single value in a file, such as a width, could take all memory of the machine.
 
     Args:
-        size: Number of the weights. Making a net may take twice as many, and a few millions.
-        source: The file that they come from, for messages.
+        size: Number of weights. Twice as many parameters are allowed, and a few million more.
+        source: The file of the weights, for messages.
 
     Raises:
-        ValueError: If the net is larger, as soon as it is.
+        ValueError: As soon as the net exceeds the limit.
     """
     left, thread = 2 * size + 2**24, threading.get_ident()
 
@@ -154,7 +154,7 @@ def no_larger_than(size: int, source: object) -> Iterator[None]:
         left -= parameter.numel()
         if left < 0:
             raise TeamNetError(
-                f"{source} names a net that is larger than the {size:,} weights that it holds."
+                f"{source} names a net that is larger than the {size:,} weights in the file."
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -164,6 +164,6 @@ def no_larger_than(size: int, source: object) -> Iterator[None]:
         hook.remove()
 
 
-def number_of_weights(weights: Mapping[str, Tensor]) -> int:
-    """How many numbers there are in a state dict."""
+def count_weights(weights: Mapping[str, Tensor]) -> int:
+    """Counts the numbers in a state dict."""
     return sum(weight.numel() for weight in weights.values())

@@ -1,22 +1,23 @@
-"""Libraries that not every installation has."""
+"""Libraries that are installed by extras of this package only."""
 
 import importlib
 from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Imports a library that not every installation has.
+    """Imports a library that an extra of this package installs.
 
     Args:
-        module: What to import.
-        extra: The extra of this package that installs it.
+        module: The module to import.
+        extra: The extra that installs it.
 
     Raises:
-        ModuleNotFoundError: If it is not installed, with the command that installs it.
+        ModuleNotFoundError: If the library is not installed; the message has the command that
+            installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"This needs {error.name}, which isn't installed: pip install 'teamnet_pl[{extra}]'"
+            f"This needs {error.name}, which is not installed: pip install 'teamnet_pl[{extra}]'"
         ) from error

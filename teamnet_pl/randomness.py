@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before."""
+"""Random numbers that depend on a seed alone, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
-    """Draws with a seed of its own and leaves this process's random states as they were.
+    """Seeds the random generators of this process, and restores their states at the end.
 
-    That goes for torch (on the CPU and on the device), for NumPy and for Python's ``random``.
+    This applies to torch (on the CPU and on the device), NumPy and Python's ``random``.
 
     Args:
-        seed: The seed, from 0 to 2**64 - 1; ``None`` to draw from this process's random states.
-        device: Where else to seed torch, if it is a CUDA device.
+        seed: The seed, from 0 to 2**64 - 1; ``None`` to leave the generators alone.
+        device: A device on which to seed torch besides the CPU, if it is a CUDA device.
 
     Example:
         >>> import numpy as np
@@ -36,13 +36,13 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
     if seed is None:
         yield
         return
-    # Not `fork_rng` and `manual_seed`: they visit every kind of device, 15 times as slow.
+    # `fork_rng` and `manual_seed` visit every kind of device and take 15 times as long.
     generators = [torch.default_generator]
     if device is not None and device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
     before = [generator.get_state() for generator in generators]
     python = random.getstate()
-    # NumPy's generator is exchanged, as its state takes long to set.
+    # NumPy's generator is exchanged, since setting its state is slow.
     numpy = get_bit_generator()
     for generator in generators:
         generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The settings of a run that a checkpoint brings back: numbers, switches and words, not code."""
+"""The settings of a run that a checkpoint restores: numbers, flags and keywords, not code."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from teamnet_pl.errors import TeamNetError
 
 _NUMBER = (int, float, type(None))
 _INTEGER = (int, type(None))
-_SWITCH = (bool, type(None))
-_WORD = (str, int, bool, type(None))
-# Not what belongs to the machine (devices, strategy), names code (callbacks, profiler, logger) or a
-# folder.
+_FLAG = (bool, type(None))
+_KEYWORD = (str, int, bool, type(None))
+# Without the options that belong to the machine (devices, strategy), or that name code (callbacks,
+# profiler, logger) or a folder.
 _TRAINER: dict[str, tuple[type, ...]] = {
-    "precision": _WORD,
+    "precision": _KEYWORD,
     "max_epochs": _INTEGER,
     "min_epochs": _INTEGER,
     "max_steps": _INTEGER,
     "min_steps": _INTEGER,
-    "max_time": _WORD,
+    "max_time": _KEYWORD,
     "limit_train_batches": _NUMBER,
     "limit_val_batches": _NUMBER,
     "limit_test_batches": _NUMBER,
@@ -31,26 +31,26 @@ _TRAINER: dict[str, tuple[type, ...]] = {
     "log_every_n_steps": _INTEGER,
     "accumulate_grad_batches": _INTEGER,
     "gradient_clip_val": _NUMBER,
-    "gradient_clip_algorithm": _WORD,
-    "deterministic": _WORD,
-    "benchmark": _SWITCH,
-    "inference_mode": _SWITCH,
-    "use_distributed_sampler": _SWITCH,
-    "detect_anomaly": _SWITCH,
-    "sync_batchnorm": _SWITCH,
+    "gradient_clip_algorithm": _KEYWORD,
+    "deterministic": _KEYWORD,
+    "benchmark": _FLAG,
+    "inference_mode": _FLAG,
+    "use_distributed_sampler": _FLAG,
+    "detect_anomaly": _FLAG,
+    "sync_batchnorm": _FLAG,
     "reload_dataloaders_every_n_epochs": _INTEGER,
 }
-_RUN: dict[str, tuple[type, ...]] = {"seed_everything": (int, bool), "test_after_fit": _SWITCH}
+_RUN: dict[str, tuple[type, ...]] = {"seed_everything": (int, bool), "test_after_fit": _FLAG}
 
 
 def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Picks the settings that a resumed run takes over.
+    """Selects the settings that a resumed run takes over.
 
     Args:
-        config: Of the command line.
+        config: The config of the command line.
 
     Returns:
-        The settings, as in the config.
+        The settings, in the form of the config.
 
     Example:
         >>> run_settings({"test_after_fit": True, "trainer": {"max_epochs": 3, "logger": "X"}})
@@ -73,13 +73,13 @@ def check_settings(source: object, settings: object) -> dict[str, Any]:
 
     Args:
         source: The file, for messages.
-        settings: Should be what `run_settings` returns.
+        settings: Settings in the form that `run_settings` returns.
 
     Returns:
         The settings.
 
     Raises:
-        ValueError: If there are others, or one is not a number, a switch or a word.
+        ValueError: If there are other settings, or a value is not a number, a flag or a keyword.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("trainer", {}), Mapping):
         raise TeamNetError(f"{source}: settings must be a mapping, found {settings!r}.")
@@ -90,8 +90,8 @@ def check_settings(source: object, settings: object) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise TeamNetError(
-                f"{source} sets {name}, which no checkpoint may. Give the options of the run "
-                "yourself, or use another copy of the file."
+                f"{source} sets {name}, which a checkpoint may not set. Give the options of the "
+                "run yourself, or use another copy of the file."
             )
         if not _fits(value, known[name]):
             raise TeamNetError(
@@ -101,7 +101,7 @@ def check_settings(source: object, settings: object) -> dict[str, Any]:
 
 
 def _fits(value: object, kinds: tuple[type, ...]) -> bool:
-    # Exactly: True is also an int.
+    # Not `isinstance`: True is also an int.
     return type(value) in kinds and (
         not isinstance(value, str) or re.fullmatch(r"[\w:-]{1,32}", value) is not None
     )

@@ -1,9 +1,9 @@
-"""The one rule for values that come from a file: none of them may name code or an address.
+"""The rule for values that come from a file: none of them may name code or an address.
 
-Checkpoints and Hub folders hold plain values: which backbone, which data, which transforms. Some
-values would run code or reach the network once they are used: import paths, classes by their path,
-``pipe:`` and remote addresses. Such a value is refused, unless the user trusts the file or gives
-the same value.
+Checkpoints and Hub folders hold plain values: the backbone, the data and the transforms. Some
+values would run code or reach the network when they are used: import paths, class paths, ``pipe:``
+and remote addresses. Such a value is refused, unless the user trusts the file or gives the same
+value.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of a path on Windows
 
 
 @contextmanager
-def naming(source: object) -> Iterator[None]:
-    """Has each error name the file whose values are being used.
+def errors_naming(source: object) -> Iterator[None]:
+    """Makes each error name the file whose values are being used.
 
     Args:
         source: The file.
 
     Raises:
-        ValueError: Instead of any other error, since constructors raise whatever their arguments
-            make them raise.
+        ValueError: In place of any other error, since bad arguments make constructors raise errors
+            of any class. The error of a missing module is kept, and so is an error that names the
+            file already.
     """
     try:
         yield
@@ -49,12 +50,12 @@ def naming(source: object) -> Iterator[None]:
 
 
 class Trust:
-    """What is allowed to values of one file.
+    """Decides which values of a file are allowed.
 
     Args:
         source: The file, for messages.
         trust_import: Whether its values may name code and addresses.
-        given: Values that the user gave, by their dotted name, such as ``model.a.name``: the same
+        given: Values given by the user, by their dotted name, such as ``model.a.name``: the same
             value in the file is allowed.
     """
 
@@ -69,14 +70,14 @@ class Trust:
         self.given = given or {}
 
     def check_backbone(self, key: str, name: object) -> None:
-        """Refuses a backbone that is not one of this package, torchvision or timm.
+        """Refuses a backbone that does not belong to this package, torchvision or timm.
 
         Args:
             key: Dotted name of the value.
-            name: The backbone's name.
+            name: Name of the backbone.
 
         Raises:
-            ValueError: If it is an import path that is not trusted, or not a text.
+            ValueError: If the name is an import path that is not trusted, or not a text.
         """
         if not isinstance(name, str):
             raise TeamNetError(f"{self.source}: {key} must be a text, found {name!r}.")
@@ -84,15 +85,15 @@ class Trust:
             self._refuse(key, name, f"the backbone {name} by its import path, which runs code")
 
     def check_plain(self, key: str, value: object) -> None:
-        """Refuses values that would be read as more than what they are.
+        """Refuses values that would become objects.
 
         Args:
             key: Dotted name of the value.
-            value: Of the arguments of a team.
+            value: An argument of a team or a data module.
 
         Raises:
-            ValueError: If a value is not plain, or would become an object: a mapping with a
-                ``class_path``, or a text that is read as a list or a mapping.
+            ValueError: If a value is not plain, or is a mapping with a ``class_path`` or a text
+                that parses as a list or a mapping.
         """
         if isinstance(value, Mapping):
             if "class_path" in value:
@@ -124,10 +125,10 @@ class Trust:
         """Refuses a data module that is not of this package, and addresses in its arguments.
 
         Args:
-            data: ``class_path`` and ``init_args``.
+            data: A mapping of ``class_path`` and ``init_args``.
 
         Raises:
-            ValueError: If it is not of that form, or names something that is not trusted.
+            ValueError: If ``data`` is not of that form, or names something that is not trusted.
         """
         if not isinstance(data, Mapping) or not data.keys() <= {"class_path", "init_args"}:
             raise TeamNetError(
@@ -157,7 +158,7 @@ class Trust:
             value: None, a transform as ``class_path`` and ``init_args``, or a list of them.
 
         Raises:
-            ValueError: If it is not of that form, or names something that is not trusted.
+            ValueError: If ``value`` is not of that form, or names something that is not trusted.
         """
         if isinstance(value, Mapping):
             for name, inner in value.items():
@@ -170,7 +171,7 @@ class Trust:
             for inner in value:
                 self.check_transforms(key, inner)
         elif isinstance(value, str) and not _WORD.fullmatch(value):
-            # A function or class by its import path, or a file with one.
+            # An import path of a function or class, or a file with one.
             self._refuse(key, value, f"{value!r} as an argument of a transform")
         elif not isinstance(value, str | int | float | bool | None):
             raise TeamNetError(
@@ -190,6 +191,6 @@ class Trust:
         if self.trust_import or (key in self.given and self.given[key] == value):
             return
         raise TeamNetError(
-            f"{self.source} names {name} ({key}). If you trust the file as you do code, pass "
+            f"{self.source} names {name} ({key}). If you trust the file as you trust code, pass "
             "--trust_import true (in Python: trust_import=True), or give the same value yourself."
         )

@@ -278,7 +278,7 @@ def test_what_is_not_known_is_answered_with_what_was_meant(cli, capsys, tmp_path
 def test_what_is_wrong_with_the_data_is_said_without_a_traceback(cli, capsys, tmp_path, subcommand):
     options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
     message = error_of(capsys, lambda: cli(tmp_path, subcommand, *options))
-    assert "CIFAR10 isn't in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
+    assert "CIFAR10 is not in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
 
 
 def test_what_is_wrong_elsewhere_keeps_its_traceback(cli, tmp_path, monkeypatch):

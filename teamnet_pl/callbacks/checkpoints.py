@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from teamnet_pl.atomic import replacing
+from teamnet_pl.atomic import atomic_write
 from teamnet_pl.callbacks.folder import results_folder
 from teamnet_pl.errors import TeamNetError
 
@@ -104,7 +104,7 @@ class BestCheckpoint(ModelCheckpoint):
         if source is None:
             raise FileNotFoundError(ENOENT, "There is no such file", path)
         if trainer.is_global_zero:
-            with open(source, "rb") as file, replacing(target) as copy:
+            with open(source, "rb") as file, atomic_write(target) as copy:
                 shutil.copyfileobj(file, copy)
         return str(target)
 

@@ -26,9 +26,9 @@ from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
 from teamnet_pl.checkpoints import (
     AtomicCheckpointIO,
+    count_weights,
+    limit_parameters,
     load_checkpoint,
-    no_larger_than,
-    number_of_weights,
 )
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
 from teamnet_pl.cli.parser import SpellingParser
@@ -132,7 +132,7 @@ class TeamCLI(LightningCLI):
         """Makes team, data and trainer; wrong values are refused without a traceback."""
         # A member that the user replaces may be of any size, but then the weights do not fit.
         saved = self.saved
-        limit = no_larger_than(number_of_weights(saved.weights), saved.path) if saved else None
+        limit = limit_parameters(count_weights(saved.weights), saved.path) if saved else None
         try:
             with limit or nullcontext():
                 super().instantiate_classes()

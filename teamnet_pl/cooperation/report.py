@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from teamnet_pl.atomic import write_text
+from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.elastic import Cost, ElasticNet, cost, depth_costs
 from teamnet_pl.errors import TeamNetError
@@ -162,7 +162,7 @@ class Report:
             }
             for row in self.rows
         ]
-        write_text(path, json.dumps(records, indent=2))
+        atomic_write_text(path, json.dumps(records, indent=2))
 
     def of_net(self, name: str) -> list[ReportRow]:
         """Lists the rows of one net.

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import (
     check_finite,
+    count_weights,
+    limit_parameters,
     load_checkpoint,
-    no_larger_than,
-    number_of_weights,
 )
 from teamnet_pl.cooperation.callback_check import check_callbacks
 from teamnet_pl.cooperation.configs import Leader, LeaderConfig, Teammate, TeammateConfig
@@ -64,7 +64,7 @@ from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
-from teamnet_pl.trust import Trust, naming
+from teamnet_pl.trust import Trust, errors_naming
 
 EvaluatedSplit = Literal["val", "test"]
 
@@ -249,7 +249,10 @@ class Team(LightningModule):
         values, weights = team_content(checkpoint_path, checkpoint)
         values = {name: value for name, value in values.items() if name not in kwargs}
         trust = Trust(checkpoint_path, trust_import)
-        with naming(checkpoint_path), no_larger_than(number_of_weights(weights), checkpoint_path):
+        with (
+            errors_naming(checkpoint_path),
+            limit_parameters(count_weights(weights), checkpoint_path),
+        ):
             team = cls(**restore_arguments(cls, values, trust) | kwargs)
             team.on_load_checkpoint(checkpoint)
         load_weights(team, weights, checkpoint_path, strict)

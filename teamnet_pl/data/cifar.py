@@ -1,4 +1,4 @@
-"""Small colour images, 32x32 pixels: CIFAR-10, CIFAR-100 and SVHN."""
+"""Small color images of 32x32 pixels: CIFAR-10, CIFAR-100 and SVHN."""
 
 from abc import abstractmethod
 from typing import Any
@@ -19,17 +19,24 @@ class SmallPhotos(SmallImages):
     """Base of the datasets of 32x32 photos that torchvision reads.
 
     Args:
-        **kwargs: Arguments of :class:`SmallImages`.
+        **kwargs: Arguments of `SmallImages`.
     """
 
     stored_shape = (3, 32, 32)
 
     @abstractmethod
     def read(self, split: Split) -> tuple[npt.NDArray[np.uint8], npt.ArrayLike]:
-        """Images (N, 3, 32, 32) and labels; a wrong checksum is a ``RuntimeError``."""
+        """Reads a split.
+
+        Returns:
+            Images (N, 3, 32, 32) and labels.
+
+        Raises:
+            RuntimeError: If a checksum is wrong.
+        """
 
     def load_split(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        """Load one split.
+        """Loads a split.
 
         Args:
             split: "train" or "test".
@@ -38,8 +45,8 @@ class SmallPhotos(SmallImages):
             The images, uint8 (3, 32, 32), with their labels; and the labels.
 
         Raises:
-            FileNotFoundError: Files are missing.
-            ValueError: A file is damaged.
+            FileNotFoundError: If files are missing.
+            ValueError: If a file is damaged.
         """
         files = self.files()
         try:
@@ -47,7 +54,7 @@ class SmallPhotos(SmallImages):
         except RuntimeError as error:
             raise TeamNetError(
                 f"One of {', '.join(map(str, files.values()))} is damaged, by its checksum. Delete "
-                "them and get them again."
+                "them and download them again."
             ) from error
         labels = np.asarray(targets, dtype=np.int64)
         dataset = TensorDataset(
@@ -60,14 +67,14 @@ class CIFAR10(SmallPhotos):
     """CIFAR-10: 50,000 training and 10,000 test photos, 32x32, 10 classes.
 
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images". The pickled
-    batches are looked for in ``root/cifar-10-batches-py`` (torchvision's layout), and unpickled
-    only if their checksums are right.
+    batches are expected in ``root/cifar-10-batches-py`` (torchvision's layout), and unpickled only
+    if their checksums are right.
 
     The standard augmentation is a random crop after padding by 4 pixels and a horizontal flip (Lee
     et al. 2015, arXiv:1409.5185; He et al. 2016, arXiv:1512.03385).
 
     Args:
-        **kwargs: Arguments of :class:`SmallImages`.
+        **kwargs: Arguments of `SmallImages`.
     """
 
     num_classes = 10
@@ -78,7 +85,7 @@ class CIFAR10(SmallPhotos):
     names = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 
     def default_train_transform(self) -> list[v2.Transform]:
-        """Random crop after padding, and horizontal flip."""
+        """Returns a random crop after padding, and a horizontal flip."""
         return [
             v2.RandomCrop(32, padding=4),
             v2.RandomHorizontalFlip(),
@@ -86,11 +93,11 @@ class CIFAR10(SmallPhotos):
         ]
 
     def fetch(self) -> None:
-        """Download the files by torchvision."""
+        """Downloads the files with torchvision."""
         self.reader(self.root, download=True)
 
     def read(self, split: Split) -> tuple[npt.NDArray[np.uint8], npt.ArrayLike]:
-        """Images (N, 3, 32, 32) and labels by torchvision."""
+        """Reads images (N, 3, 32, 32) and labels with torchvision."""
         dataset = self.reader(self.root, train=split == "train")
         self.classes = dataset.classes
         return dataset.data.transpose(0, 3, 1, 2), dataset.targets
@@ -99,10 +106,11 @@ class CIFAR10(SmallPhotos):
 class CIFAR100(CIFAR10):
     """CIFAR-100: 50,000 training and 10,000 test photos, 32x32, 100 classes.
 
-    As `CIFAR10`, but in ``root/cifar-100-python``.
+    Source, files and augmentation are those of `CIFAR10`, but the folder is
+    ``root/cifar-100-python``.
 
     Args:
-        **kwargs: Arguments of :class:`SmallImages`.
+        **kwargs: Arguments of `SmallImages`.
     """
 
     num_classes = 100
@@ -117,13 +125,13 @@ class SVHN(SmallPhotos):
     """SVHN, cropped digits: 73,257 training and 26,032 test photos of house numbers, 32x32.
 
     Source: Netzer et al. 2011, "Reading digits in natural images with unsupervised feature
-    learning". ``train_32x32.mat`` and ``test_32x32.mat`` are looked for in ``root``. The digit 0 is
-    class 0, though 10 in the files.
+    learning". ``train_32x32.mat`` and ``test_32x32.mat`` are expected in ``root``. The digit 0 is
+    class 0, although it is 10 in the files.
 
     There is no standard augmentation (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
 
     Args:
-        **kwargs: Arguments of :class:`SmallImages`.
+        **kwargs: Arguments of `SmallImages`.
     """
 
     num_classes = 10
@@ -132,11 +140,11 @@ class SVHN(SmallPhotos):
     names = ("train_32x32.mat", "test_32x32.mat")
 
     def fetch(self) -> None:
-        """Download the files by torchvision."""
+        """Downloads the files with torchvision."""
         for split in ("train", "test"):
             datasets.SVHN(self.root, split, download=True)
 
     def read(self, split: Split) -> tuple[npt.NDArray[np.uint8], npt.ArrayLike]:
-        """Images (N, 3, 32, 32) and labels by torchvision."""
+        """Reads images (N, 3, 32, 32) and labels with torchvision."""
         dataset = datasets.SVHN(self.root, split)
         return dataset.data, dataset.labels

@@ -1,4 +1,4 @@
-"""Images in folders: ImageNet, Imagenette, Tiny-ImageNet and your own."""
+"""Images in folders: ImageNet, Imagenette, Tiny-ImageNet and the user's own."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,21 +10,24 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from teamnet_pl.data.base import Split
 from teamnet_pl.data.downloads import DownloadedImages
-from teamnet_pl.data.images import EncodedImageDataModule, ImageFiles
+from teamnet_pl.data.encoded import EncodedSplitDataModule
+from teamnet_pl.data.images import ImageFiles
 from teamnet_pl.errors import TeamNetError
 
 
 def classes_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted: a class each.
+    """Lists the classes in a folder: the sorted names of its folders.
 
     Raises:
-        FileNotFoundError: There is no such folder, or none in it.
+        FileNotFoundError: If the folder is missing or has no folder in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}, which should hold a folder of images for each class."
         )
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _counts(entry))
+    classes = sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and _is_users(entry)
+    )
     if not classes:
         raise FileNotFoundError(
             f"{folder} should hold a folder of images for each class, but there is none in it."
@@ -32,31 +35,31 @@ def classes_in(folder: Path) -> list[str]:
     return classes
 
 
-def _counts(path: Path) -> bool:
-    """Whether a file or folder is the user's, not one that a system or an editor left there."""
+def _is_users(path: Path) -> bool:
+    """Tells the user's files and folders from those that a system or an editor left there."""
     return not path.name.startswith(".") and path.name != "__MACOSX"
 
 
 def files_by_class(
     folder: Path, classes: Sequence[str], all_classes: bool = True
 ) -> tuple[list[str], list[int]]:
-    """Image files and their labels.
+    """Lists the image files in a folder and their labels.
 
     Args:
-        folder: Holds a folder for each class.
-        classes: Their names; a class's place is its label.
+        folder: A folder with a folder for each class.
+        classes: Names of the classes in the order of the labels.
         all_classes: Whether each class must have an image.
 
     Returns:
         The files, sorted by class and name, and their labels.
 
     Raises:
-        FileNotFoundError: There is no such folder, or a class without image.
-        ValueError: There is a folder of another name.
+        FileNotFoundError: If the folder is missing, or a class has no image.
+        ValueError: If there is a folder of another name.
     """
     if unknown := sorted(set(classes_in(folder)) - set(classes)):
         raise TeamNetError(
-            f"{folder} has folders for other classes than the training images have: "
+            f"{folder} has folders for classes that the training images do not have: "
             f"{', '.join(unknown)}."
         )
     labels = {name: label for label, name in enumerate(classes)}
@@ -64,7 +67,7 @@ def files_by_class(
     def is_image(name: str) -> bool:
         path = Path(name)
         inside = (path, *path.parents[: len(path.relative_to(folder).parts) - 1])
-        return path.suffix.lower() in IMG_EXTENSIONS and all(map(_counts, inside))
+        return path.suffix.lower() in IMG_EXTENSIONS and all(map(_is_users, inside))
 
     try:
         samples = make_dataset(folder, labels, is_valid_file=is_image, allow_empty=not all_classes)
@@ -74,47 +77,46 @@ def files_by_class(
 
 
 def check_count(folder: Path, images: list[str], expected: int) -> None:
-    """Refuses a folder of which a part is missing, as after unpacking was interrupted.
+    """Refuses an incomplete folder, such as after interrupted unpacking.
 
     Args:
-        folder: Where the images are, for the message.
-        images: Those found.
-        expected: How many there should be.
+        folder: The folder, for the message.
+        images: The images found in it.
+        expected: The expected number of images.
 
     Raises:
-        ValueError: There are more or fewer.
+        ValueError: If there are more or fewer images.
     """
     if len(images) != expected:
         raise TeamNetError(
-            f"{folder} has {len(images)} images, not {expected}: delete it and get it again. A "
-            "part of a dataset can be used by ImageFolder."
+            f"{folder} has {len(images)} images, not {expected}: delete it and download it again. "
+            "ImageFolder can use a part of a dataset."
         )
 
 
 _VAL_NAMES = ("val", "valid", "validation", "dev")
 
 
-class ImageFolder(EncodedImageDataModule):
-    """Your own images: a folder for each split, in it a folder for each class.
+class ImageFolder(EncodedSplitDataModule):
+    """The user's own images: a folder for each split with a folder for each class.
 
-    Classes, channels and, without an ``image_size``, the resolution are those of the training
-    images. A split may lack a class, other than training. Hidden files and folders, and
-    ``__MACOSX``, do not count.
+    Classes, channels and, without an ``image_size``, the size are those of the training images.
+    Validation and test may lack a class. Hidden files and folders, and ``__MACOSX``, are ignored.
 
     Args:
-        root: Holds the splits.
+        root: Folder of the splits.
         train: Name of the folder with the training images.
-        val: Name of the folder with the validation images; ``None`` for ``val``, ``valid``,
-            ``validation`` or ``dev``, whichever is there. Where there is none, or with a
-            ``val_fraction``, they are cut from the training images.
+        val: Name of the folder with the validation images; ``None`` for an existing folder ``val``,
+            ``valid``, ``validation`` or ``dev``. Without such a folder, or with a ``val_fraction``,
+            they are taken from the training images.
         test: Name of the folder with the test images, only needed to test and predict.
-        image_size: See :class:`EncodedImageDataModule`.
-        **kwargs: Arguments of :class:`EncodedImageDataModule`.
+        image_size: See `EncodedImageDataModule`.
+        **kwargs: Arguments of `EncodedSplitDataModule`.
 
     Raises:
-        FileNotFoundError: A folder is missing, or a class without image.
-        ValueError: Images differ in size, one can't be read, or there are several folders that
-            may be meant for validation.
+        FileNotFoundError: If a folder is missing, or a class has no image.
+        ValueError: If images differ in size, an image cannot be read, or several folders may be
+            meant for validation.
     """
 
     classes: Sequence[str]
@@ -142,16 +144,16 @@ class ImageFolder(EncodedImageDataModule):
         self.has_val = self.split_folders["val"].is_dir()
         self.classes = classes_in(self.split_folders["train"])
         self.num_classes = len(self.classes)
-        self.shape_from(ImageFiles(*self._files("train"), channels=3))
+        self.infer_shape(ImageFiles(*self._files("train"), channels=3))
 
     def val_source(self) -> str:
-        """Where the validation images come from, in words."""
+        """Returns where the validation images come from, for the log."""
         if self.has_val and self.val_fraction is None:
             return f"the folder {self.split_folders['val']}"
         return super().val_source()
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
-        """Find the images of one split."""
+        """Finds the images of a split."""
         paths, labels = self._files(split)
         return ImageFiles(paths, labels, self.input_shape[0], self.fixed_size), labels
 
@@ -159,27 +161,27 @@ class ImageFolder(EncodedImageDataModule):
         return files_by_class(self.split_folders[split], self.classes, split == "train")
 
 
-class ImageNet(EncodedImageDataModule):
+class ImageNet(EncodedSplitDataModule):
     """ImageNet-1k: 1,281,167 training and 50,000 test photos, 1000 classes.
 
-    Source: Russakovsky et al. 2015, arXiv:1409.0575. Labels are the places of the sorted WordNet
-    IDs, as everywhere. The official validation images serve as test split, as the official test
-    labels are secret; validation is cut from the training images.
+    Source: Russakovsky et al. 2015, arXiv:1409.0575. Labels are the positions of the sorted WordNet
+    IDs, as is usual. The official validation images serve as the test split, since the official
+    test labels are secret; the validation set is taken from the training images.
 
-    ``root`` holds torchvision's layout: folders ``train`` and ``val``, in each a folder for each
-    WordNet ID; or the archives that they are unpacked from, once:
-    ``ILSVRC2012_img_train.tar``, ``ILSVRC2012_img_val.tar`` and ``ILSVRC2012_devkit_t12.tar.gz`` of
-    https://image-net.org, where they have to be asked for.
+    ``root`` has torchvision's layout: folders ``train`` and ``val`` with a folder for each WordNet
+    ID; or the archives that are unpacked once: ``ILSVRC2012_img_train.tar``,
+    ``ILSVRC2012_img_val.tar`` and ``ILSVRC2012_devkit_t12.tar.gz`` of https://image-net.org, which
+    grants access on request.
 
     Args:
         root: Folder of the dataset.
         image_size: Height and width in pixels.
-        **kwargs: Arguments of :class:`EncodedImageDataModule`.
+        **kwargs: Arguments of `EncodedSplitDataModule`.
 
     Raises:
-        FileNotFoundError: In ``prepare_data``: neither the folders nor the archives are there.
-        ValueError: An argument is out of its range; in ``setup`` or later, an image can't be read
-            or there aren't as many images and classes as there should be.
+        FileNotFoundError: In ``prepare_data``, if both the folders and the archives are missing.
+        ValueError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
+            be read or the number of images or classes is wrong.
     """
 
     num_classes = 1000
@@ -193,19 +195,19 @@ class ImageNet(EncodedImageDataModule):
         self.root = Path(root).expanduser()
 
     def prepare_data(self) -> None:
-        """Unpack the archives if there are no folders (Lightning's hook)."""
+        """Unpacks the archives if folders are missing (Lightning's hook)."""
         for split in ("train", "val"):
             if not (self.root / split).is_dir():
                 try:
                     datasets.ImageNet(self.root, split)
                 except (OSError, RuntimeError) as error:
                     raise FileNotFoundError(
-                        f"ImageNet's {split} images are neither unpacked in {self.root / split} "
-                        f"nor to be unpacked from the archives in {self.root}: {error}"
+                        f"ImageNet's {split} images are not in {self.root / split}, and cannot be "
+                        f"unpacked from the archives in {self.root}: {error}"
                     ) from error
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
-        """Find the images of one split, "train" or "test"."""
+        """Finds the images of a split, "train" or "test"."""
         folder = self.root / ("train" if split == "train" else "val")
         classes = classes_in(folder)
         if len(classes) != self.num_classes:
@@ -216,23 +218,25 @@ class ImageNet(EncodedImageDataModule):
         return ImageFiles(paths, labels, channels=3), labels
 
 
-class Imagenette(DownloadedImages, EncodedImageDataModule):
+class Imagenette(DownloadedImages, EncodedSplitDataModule):
     """Imagenette: 9,469 training and 3,925 test photos of 10 easy classes of ImageNet.
 
-    Source: https://github.com/fastai/imagenette. Folders ``train`` and ``val`` are looked for in
-    ``root/imagenette2-160`` and the like; if there are none, torchvision downloads them. The
-    official validation images serve as test split; validation is cut from the training images.
+    Source: https://github.com/fastai/imagenette. Folders ``train`` and ``val`` are expected in
+    ``root/imagenette2-160``, or that of another version; if they are missing, torchvision downloads
+    them. The official validation images serve as the test split; the validation set is taken from
+    the training images.
 
-    The standard recipe is fastai's: crops of 35 to 100 % of the area, and a horizontal flip.
+    The standard recipe is that of fastai: crops of 35 to 100 % of the area, and a horizontal flip.
 
     Args:
-        version: Length of the shorter side that the files were scaled to, or all of it.
+        version: Length of the shorter side in the files; "full" for the original size.
         image_size: Height and width in pixels.
-        **kwargs: Arguments of :class:`DownloadedImages` and :class:`EncodedImageDataModule`.
+        **kwargs: Arguments of `DownloadedImages` and `EncodedSplitDataModule`.
 
     Raises:
-        FileNotFoundError: As :class:`DownloadedImages`.
-        ValueError: As :class:`EncodedImageDataModule`; there are more or fewer images.
+        FileNotFoundError: If files are missing; see `DownloadedImages`.
+        ValueError: If an argument is out of its range, an image cannot be read, or the number of
+            images is wrong.
     """
 
     num_classes = 10
@@ -253,11 +257,11 @@ class Imagenette(DownloadedImages, EncodedImageDataModule):
         self.names = (f"{folder}/train", f"{folder}/val")
 
     def fetch(self) -> None:
-        """Download and unpack the images by torchvision."""
+        """Downloads and unpacks the images with torchvision."""
         datasets.Imagenette(self.root, size=self.version, download=True)
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
-        """Find the images of one split, "train" or "test"."""
+        """Finds the images of a split, "train" or "test"."""
         folder = self.files()[self.names[0 if split == "train" else 1]]
         self.classes = classes_in(folder)
         paths, labels = files_by_class(folder, self.classes)
@@ -265,25 +269,26 @@ class Imagenette(DownloadedImages, EncodedImageDataModule):
         return ImageFiles(paths, labels, channels=3), labels
 
 
-class TinyImageNet(DownloadedImages, EncodedImageDataModule):
+class TinyImageNet(DownloadedImages, EncodedSplitDataModule):
     """Tiny-ImageNet: 100,000 training and 10,000 test photos, 64x64, 200 classes of ImageNet.
 
-    Source: Stanford's course CS231n, http://cs231n.stanford.edu. Looked for in
-    ``root/tiny-imagenet-200``; if it isn't there, it is downloaded. The official validation images
-    serve as test split, as the official test labels are secret; validation is cut from the training
-    images.
+    Source: Stanford's course CS231n, http://cs231n.stanford.edu. The images are expected in
+    ``root/tiny-imagenet-200`` and downloaded if they are missing. The official validation images
+    serve as the test split, since the official test labels are secret; the validation set is taken
+    from the training images.
 
-    The standard recipe is CIFAR's at this size: a random crop after padding by 8 pixels, and a
-    horizontal flip; at another, ImageNet's.
+    The standard recipe at the original size is that of CIFAR: a random crop after padding by 8
+    pixels, and a horizontal flip; at other sizes, that of ImageNet.
 
     Args:
-        image_size: Height and width in pixels to bring images to; ``None`` for that of the files.
-        **kwargs: Arguments of :class:`DownloadedImages` and :class:`EncodedImageDataModule`.
+        image_size: Height and width in pixels that images are brought to; ``None`` for the size in
+            the files.
+        **kwargs: Arguments of `DownloadedImages` and `EncodedSplitDataModule`.
 
     Raises:
-        FileNotFoundError: As :class:`DownloadedImages`.
-        ValueError: As :class:`EncodedImageDataModule`; there are more or fewer images, or
-            annotations of other classes.
+        FileNotFoundError: If files are missing; see `DownloadedImages`.
+        ValueError: If an argument is out of its range, an image cannot be read, the number of
+            images is wrong, or there are annotations of other classes.
     """
 
     num_classes = 200
@@ -300,11 +305,11 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
             self.input_shape = (3, image_size, image_size)
 
     def fetch(self) -> None:
-        """Download and unpack the images."""
+        """Downloads and unpacks the images."""
         download_and_extract_archive(self.archive, self.root, md5=self.md5)
 
     def load_split(self, split: Split) -> tuple[ImageFiles, list[int]]:
-        """Find the images of one split, "train" or "test"."""
+        """Finds the images of a split, "train" or "test"."""
         train, folder, annotations = self.files().values()
         self.classes = classes = classes_in(train)
         if split == "train":
@@ -314,7 +319,7 @@ class TinyImageNet(DownloadedImages, EncodedImageDataModule):
         lines = [line.split("\t") for line in annotations.read_text().splitlines()]
         if unknown := {line[1] for line in lines} - set(classes):
             raise TeamNetError(
-                f"{annotations} names classes that {train} doesn't have: "
+                f"{annotations} names classes that {train} does not have: "
                 f"{', '.join(sorted(unknown))}."
             )
         labels = [classes.index(line[1]) for line in lines]

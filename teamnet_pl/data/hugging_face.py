@@ -1,4 +1,4 @@
-"""Image datasets of the Hugging Face Hub, or in files that its library reads."""
+"""Image datasets of the Hugging Face Hub, or in files that the library ``datasets`` reads."""
 
 from io import BytesIO
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.images import EncodedImageDataModule, EncodedImages
+from teamnet_pl.data.encoded import EncodedSplitDataModule
+from teamnet_pl.data.images import EncodedImages
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 
@@ -17,11 +18,11 @@ class RowImages(EncodedImages):
     """Images in the rows of a ``datasets.Dataset``.
 
     Args:
-        name: What to call the dataset in messages.
-        rows: One column of images, not decoded.
-        labels: Class of each.
+        name: Name of the dataset, for messages.
+        rows: The dataset, with the column of encoded images alone.
+        labels: Class of each image, shape (N,).
         channels: 3 for RGB, 1 for grey.
-        size: Height and width that each must have; ``None`` if they may differ.
+        size: Height and width that each image must have; ``None`` if sizes may differ.
     """
 
     def __init__(
@@ -38,40 +39,42 @@ class RowImages(EncodedImages):
         (self.column,) = rows.column_names
 
     def source(self, index: int) -> tuple[str, Path | BytesIO]:
-        """The row, and its bytes or the file that it names."""
+        """Returns the name of a row, and its bytes or the file that it names."""
         image = self.rows[index][self.column] or {"bytes": b"", "path": None}
         name = f"{self.name}, row {index}" + (f" ({image['path']})" if image["path"] else "")
         content = image["bytes"]
         return name, Path(image["path"]) if content is None else BytesIO(content)
 
 
-class HuggingFace(EncodedImageDataModule):
+class HuggingFace(EncodedSplitDataModule):
     """Any dataset of images that Hugging Face's ``datasets`` loads.
 
-    Classes, channels and, without an ``image_size``, the resolution are those of the training
-    images. The library downloads what it needs once on each machine and keeps it in its cache, in
-    ``~/.cache/huggingface`` or what ``HF_HOME`` says; ``HF_HUB_OFFLINE=1`` keeps it to that.
+    Classes, channels and, without an ``image_size``, the size are those of the training images. The
+    library downloads the dataset once on each machine and keeps it in its cache, in
+    ``~/.cache/huggingface`` or the folder that ``HF_HOME`` names; with ``HF_HUB_OFFLINE=1``, it
+    uses the cache alone.
 
     Args:
         path: Name of a dataset on the Hub, such as ``uoft-cs/cifar10``, or a folder with files that
             the library reads, such as ``train-00000.parquet`` and ``test-00000.parquet``.
-        name: Which configuration of it, if it has several.
-        revision: Which version on the Hub: a branch, tag or commit.
-        download: Whether ``path`` may be on the Hub; else it is a folder.
+        name: Configuration of the dataset, if it has several.
+        revision: Version on the Hub: a branch, tag or commit.
+        download: Whether ``path`` may be a dataset on the Hub; otherwise it must be a folder.
         train: Name of the training split.
-        val: Name of the validation split. Where there is none, or with a ``val_fraction``, it is
-            cut from the training split.
+        val: Name of the validation split. If it does not exist, or with a ``val_fraction``, the
+            validation set is taken from the training split.
         test: Name of the test split, only needed to test and predict.
         image_column: The column with the images; by default the only one.
         label_column: The column with the labels; by default the only one with classes, or
             ``label``. Labels are classes, integers from 0 or texts.
-        image_size: See :class:`EncodedImageDataModule`.
-        **kwargs: Arguments of :class:`EncodedImageDataModule`.
+        image_size: See `EncodedImageDataModule`.
+        **kwargs: Arguments of `EncodedSplitDataModule`.
 
     Raises:
-        ModuleNotFoundError: The library isn't installed.
-        FileNotFoundError: There is no such dataset.
-        ValueError: There is no such split or column, images differ in size, or one can't be read.
+        ModuleNotFoundError: If the library is not installed.
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If there is no such split or column, images differ in size, or an image cannot
+            be read.
     """
 
     def __init__(
@@ -94,16 +97,17 @@ class HuggingFace(EncodedImageDataModule):
         folder = Path(path).expanduser()
         if not download and not folder.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {folder.absolute()} with files of splits, such as "
-                f"{train}-00000.parquet. Set path to it, or download=True if it is on the Hub."
+                f"There is no folder {folder.absolute()} with a file for each split, such as "
+                f"{train}-00000.parquet. Set path to the folder, or download=True for a dataset on "
+                "the Hub."
             )
         self.path = str(folder)
         try:
             self.splits = library.load_dataset(self.path, name, revision=revision)
         except (OSError, library.exceptions.DatasetsError) as error:
             raise FileNotFoundError(
-                f"{path} is no folder with files that Hugging Face's datasets can read, and can't "
-                f"be loaded from the Hub: {error}"
+                f"{path} is not a folder of files that Hugging Face's datasets can read, and "
+                f"cannot be loaded from the Hub: {error}"
             ) from error
         self.split_names = {"train": train, "val": val, "test": test}
         self.has_val = val in self.splits
@@ -132,16 +136,16 @@ class HuggingFace(EncodedImageDataModule):
                 f"label_column {self.label_column!r} of {path} must hold a class, an integer or a "
                 f"text in each row, found {kind}."
             )
-        self.shape_from(self._images("train", np.zeros(len(values)), channels=3))
+        self.infer_shape(self._images("train", np.zeros(len(values)), channels=3))
 
     def load_split(self, split: Split) -> tuple[RowImages, npt.NDArray[np.int64]]:
-        """Find the images of one split."""
+        """Finds the images of a split."""
         labels = self._labels(split)
         if self.texts is not None:
             if unknown := sorted(set(labels.tolist()) - set(self.texts)):
                 raise TeamNetError(
                     f"Split {self.split_names[split]!r} of {self.path} has labels that the "
-                    f"training images don't have: {', '.join(unknown)}."
+                    f"training images do not have: {', '.join(unknown)}."
                 )
             labels = np.searchsorted(self.texts, labels)
         images = self._images(split, labels, self.input_shape[0], self.fixed_size)
@@ -151,7 +155,7 @@ class HuggingFace(EncodedImageDataModule):
         name = self.split_names[split]
         if name not in self.splits:
             raise TeamNetError(
-                f"{self.path} has no split {name!r}, but {', '.join(self.splits)}: set {split}."
+                f"{self.path} has no split {name!r}, only {', '.join(self.splits)}: set {split}."
             )
         return self.splits[name]
 
@@ -170,11 +174,13 @@ class HuggingFace(EncodedImageDataModule):
         return RowImages(f"{self.path}, {self.split_names[split]}", rows, labels, channels, size)
 
 
-def _column(argument: str, given: str | None, found: list[str], features: dict[str, Any]) -> str:
-    """The column that was given, or the only one that may be meant."""
+def _column(
+    argument: str, given: str | None, candidates: list[str], features: dict[str, Any]
+) -> str:
+    """Chooses the column that was given, or else the only candidate."""
     if given is not None and given in features:
         return given
-    if given is None and len(found) == 1:
-        return found[0]
+    if given is None and len(candidates) == 1:
+        return candidates[0]
     columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
-    raise TeamNetError(f"Set {argument} to one of the columns {columns}, got {given}.")
+    raise TeamNetError(f"Set {argument} to one of the columns {columns}, found {given}.")

@@ -1,4 +1,4 @@
-"""MedMNIST: medical images in MNIST's fashion."""
+"""MedMNIST: medical images in the style of MNIST."""
 
 from typing import Any, Literal
 
@@ -15,23 +15,23 @@ from teamnet_pl.optional import require
 
 
 class MedMNIST(DownloadedImages):
-    """One of the 2D datasets of MedMNIST with one label an image, such as PathMNIST.
+    """A 2D dataset of MedMNIST with one label per image, such as PathMNIST.
 
-    Source: Yang et al. 2023, arXiv:2110.14795. Classes and channels are the dataset's. The file
-    ``<name>.npz`` (or ``<name>_64.npz``) is looked for in ``root``; if it isn't there, the package
-    ``medmnist`` downloads it. Training, validation and test splits are the official ones. As
-    there, mean and standard deviation are 0.5, and there is no augmentation.
+    Source: Yang et al. 2023, arXiv:2110.14795. Classes and channels are those of the dataset. The
+    file ``<name>.npz`` (or ``<name>_64.npz``) is expected in ``root``; if it is missing, the
+    package ``medmnist`` downloads it. Training, validation and test splits are the official ones.
+    As in the publication, mean and standard deviation are 0.5, and there is no augmentation.
 
     Args:
-        name: Which dataset.
+        name: Name of the dataset.
         size: Height and width in pixels.
-        **kwargs: Arguments of :class:`DownloadedImages`.
+        **kwargs: Arguments of `DownloadedImages`.
 
     Raises:
-        ModuleNotFoundError: The package isn't installed.
-        FileNotFoundError: As :class:`DownloadedImages`.
-        ValueError: There is no such dataset, or it is in 3D or has several labels an image; in
-            ``setup``, the file is damaged.
+        ModuleNotFoundError: If the package is not installed.
+        FileNotFoundError: If the file is missing; see `DownloadedImages`.
+        ValueError: If there is no such dataset, or it is in 3D or has several labels per image, or,
+            in ``setup``, the file is damaged.
     """
 
     has_val = True
@@ -48,8 +48,8 @@ class MedMNIST(DownloadedImages):
         }
         if name not in datasets:
             raise TeamNetError(
-                f"name must be one of {', '.join(datasets)}, got {name!r}. Those in 3D or with "
-                "several labels an image are not for classifiers of images."
+                f"name must be one of {', '.join(datasets)}, found {name!r}. Datasets in 3D or "
+                "with several labels per image are not supported."
             )
         self.info = datasets[name]
         self.size = size
@@ -62,11 +62,11 @@ class MedMNIST(DownloadedImages):
         self.mean = self.std = (0.5,) * channels
 
     def fetch(self) -> None:
-        """Download the file by the package."""
+        """Downloads the file with the package."""
         self._read("train", download=True)
 
     def load_split(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        """Load one split.
+        """Loads a split.
 
         Args:
             split: "train", "val" or "test".
@@ -75,12 +75,14 @@ class MedMNIST(DownloadedImages):
             The images, uint8 (channels, size, size), with their labels; and the labels.
 
         Raises:
-            FileNotFoundError: The file is missing.
-            ValueError: The file is damaged.
+            FileNotFoundError: If the file is missing.
+            ValueError: If the file is damaged.
         """
         (path,) = self.files().values()
         if not check_integrity(path, self.info[f"MD5{self.suffix}"]):
-            raise TeamNetError(f"{path} is damaged, by its checksum. Delete it and get it again.")
+            raise TeamNetError(
+                f"{path} is damaged, by its checksum. Delete it and download it again."
+            )
         dataset = self._read(split)
         images = torch.from_numpy(dataset.imgs)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""How images become the input of a net, as plain values that a checkpoint can hold."""
+"""The preprocessing of images as plain values that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class PreprocessingConfig:
     """The preprocessing of images for validation, test and prediction.
 
     Attributes:
-        input_shape: Shape of one image as the net takes it, ``(channels, height, width)``. Files
-            are read as grey images for one channel, as RGB for three.
+        input_shape: Shape of an input image of the net, (channels, height, width). Files are read
+            as grey images for one channel, as RGB for three.
         mean: Mean of each channel, for pixels in [0, 1].
-        std: Standard deviation of each channel, likewise.
+        std: Standard deviation of each channel, for pixels in [0, 1].
         transform: The transforms that bring an image to ``input_shape``, each as ``class_path`` and
             ``init_args``; None if they are not known.
-        bits: Number of bits that hold values in files of 16 bits.
+        bits: Number of bits that hold values in files with 16 bits.
 
     Raises:
-        ValueError: If a value is out of its range, or there is not one mean and one standard
-            deviation for each channel.
+        ValueError: If a value is out of its range, or the number of means or standard deviations
+            differs from that of the channels.
     """
 
     input_shape: list[int]
@@ -64,24 +64,25 @@ class PreprocessingConfig:
         """Makes the transforms.
 
         Args:
-            trust: Whether those that are not torchvision's may be made.
+            trust: Decides whether transforms other than torchvision's may be made.
 
         Raises:
-            ValueError: If one is not to be trusted or cannot be made, or they are not known.
+            ValueError: If the transforms are not known, or a transform is not trusted or cannot be
+                made.
         """
         if self.transform is None:
             raise TeamNetError(
                 f"{trust.source} does not hold the transforms of evaluation images, since they "
-                "are not plain values. Make a Predictor with a Preprocessing of your own."
+                "are not plain values. Make a Predictor with your own Preprocessing."
             )
         trust.check_transforms("preprocessing.transform", self.transform)
         try:
-            made = [_make(transform) for transform in self.transform]
-        except Exception as error:  # a constructor raises whatever its arguments make it raise
+            transforms = [_make(transform) for transform in self.transform]
+        except Exception as error:  # a constructor can raise errors of any class
             raise TeamNetError(f"{trust.source}: a transform cannot be made: {error!r}.") from error
-        if not all(map(callable, made)):
-            raise TeamNetError(f"{trust.source}: transforms must be callable, found {made}.")
-        return made
+        if not all(map(callable, transforms)):
+            raise TeamNetError(f"{trust.source}: transforms must be callable, found {transforms}.")
+        return transforms
 
 
 def _make(value: Any) -> Any:
@@ -99,14 +100,14 @@ def describe_transform(transform: object) -> dict[str, Any]:
     """Describes a transform as plain values.
 
     Args:
-        transform: Keeps each argument of its constructor as an attribute of the same name, as
-            torchvision's do.
+        transform: The transform, which has each argument of its constructor as an attribute of the
+            same name, as all transforms of torchvision do.
 
     Returns:
         Its class as ``class_path`` and its arguments as ``init_args``.
 
     Raises:
-        ValueError: If an argument is not kept, or is not a plain value.
+        ValueError: If an argument is missing among the attributes, or is not a plain value.
 
     Example:
         >>> describe_transform(v2.CenterCrop(8))

@@ -1,4 +1,4 @@
-"""Images of noise, for smoke tests."""
+"""Images of noise, for smoke tests and speed measurements."""
 
 from typing import Any
 
@@ -7,22 +7,23 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from teamnet_pl.data.base import ImageDataModule, Split
+from teamnet_pl.data.base import Split
+from teamnet_pl.data.splits import SplitDataModule
 from teamnet_pl.errors import TeamNetError
 
 
-class RandomImages(ImageDataModule):
-    """Noise of any shape in any number of classes, to see whether and how fast something runs.
+class RandomImages(SplitDataModule):
+    """Noise of any shape in any number of classes, for smoke tests and speed measurements.
 
     Args:
         num_classes: Number of classes.
         input_shape: (channels, height, width).
-        train_images: Images in the training split, of which validation is cut.
-        test_images: Images in the test split.
-        **kwargs: Arguments of :class:`ImageDataModule`.
+        train_images: Number of images in the training split, including those for validation.
+        test_images: Number of images in the test split.
+        **kwargs: Arguments of `SplitDataModule`.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
@@ -39,22 +40,22 @@ class RandomImages(ImageDataModule):
         sizes |= zip(("channels", "height", "width"), input_shape, strict=True)
         for name, size in sizes.items():
             if size < 1:
-                raise TeamNetError(f"{name} must be at least 1, got {size}.")
+                raise TeamNetError(f"{name} must be at least 1, found {size}.")
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.images = {"train": train_images, "test": test_images}
-        # Those of the uniform distribution.
+        # Mean and standard deviation of the uniform distribution.
         self.mean = (0.5,) * input_shape[0]
         self.std = (12**-0.5,) * input_shape[0]
 
     def load_split(self, split: Split) -> tuple[Dataset[Any], npt.NDArray[np.int64]]:
-        """Draw one split, the same in each run.
+        """Draws a split, the same in each run.
 
         Args:
             split: "train" or "test".
 
         Returns:
-            The images, uint8, with their labels; and the labels, each class in turn.
+            The images, uint8, with their labels; and the labels, which cycle through the classes.
         """
         count = self.images[split]
         random = np.random.default_rng(split == "train")

@@ -1,4 +1,4 @@
-"""Images in tar shards, read as a stream by webdataset: for more than fits a disk."""
+"""Images in tar shards, streamed by webdataset: for datasets larger than a disk."""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from teamnet_pl.data.base import Split
-from teamnet_pl.data.images import (
-    EncodedImageDataModule,
-    Statistics,
-    largest_value,
-    read_image,
-)
-from teamnet_pl.data.loading import Resumable, Skipped, UnreadableImageError
+from teamnet_pl.data.encoded import EncodedImageDataModule, Statistics
+from teamnet_pl.data.images import SAMPLED_FOR_BITS, largest_value, read_image
+from teamnet_pl.data.loading import LoadingError, Resumable, SkippedImages, UnreadableImageError
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.optional import require
 from teamnet_pl.randomness import seeded
@@ -35,20 +31,21 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardStream(IterableDataset[Any]):
-    """This process's share of the images in some shards, in order.
+    """Streams this process's share of the images in some shards, in order.
 
-    The processes take turns, image by image. Where images run out within a turn, a ``None`` takes
-    the place of one, so that each process serves as many batches as the others, which wait for it.
+    The processes take turns, image by image. If images run out within a turn, ``None`` takes the
+    place of an image, so that all processes serve the same number of batches: they wait for each
+    other.
 
     Args:
         shards: Files or addresses.
         num_classes: Number of classes.
         channels: 3 for RGB, 1 for grey.
-        bits: How many bits of images with 16 hold values.
+        bits: Number of bits that hold values in images with 16 bits.
         transform: Applied to each image.
-        skipped: Where to note images that can't be read; ``None`` for an error.
+        skipped: Record of the images that cannot be read; ``None`` to raise their errors.
         processes: Number of processes that share the shards.
-        rank: This one among them.
+        rank: Rank of this process.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class ShardStream(IterableDataset[Any]):
         channels: int,
         bits: int,
         transform: v2.Transform,
-        skipped: Skipped | None,
+        skipped: SkippedImages | None,
         processes: int,
         rank: int,
     ) -> None:
@@ -72,53 +69,65 @@ class ShardStream(IterableDataset[Any]):
         self.rank = rank
 
     def __iter__(self) -> Iterator[Any]:
-        """(image, label) of this process's images in this worker's shards; ``None`` for none."""
+        """Yields (image, label) of this process's share of this worker's shards, or ``None``."""
         worker, workers = _worker()
         samples = self.encoded(self.shards[worker::workers])
         while turn := list(islice(samples, self.processes)):
             yield self.decoded(turn[self.rank]) if self.rank < len(turn) else None
 
     def encoded(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Samples as webdataset gives them."""
+        """Yields the samples in some shards, as dicts of webdataset."""
         for shard in shards:
-            yield from _samples(shard)
+            yield from read_samples(shard)
 
     def decoded(self, sample: dict[str, Any], seed: int | None = None) -> tuple[Any, int] | None:
-        """Image and label of a sample, or ``None`` if it was skipped."""
+        """Decodes a sample.
+
+        Args:
+            sample: The sample, as a dict of webdataset.
+            seed: Seed of the augmentation; ``None`` to draw from this process's random states.
+
+        Returns:
+            Image and label, or ``None`` if the image is skipped.
+
+        Raises:
+            UnreadableImageError: If the image cannot be read and is not to be skipped, or the
+                sample does not hold an image and a class.
+        """
         name = f"{sample['__url__']}, {sample['__key__']}"
-        ending = next((ending for ending in _IMAGES if ending in sample), None)
+        ending = _image_ending(sample)
         label = sample.get("cls", b"").decode(errors="replace").strip()
         if ending is None or not label.isdecimal() or int(label) >= self.num_classes:
-            found = {key: value for key, value in sample.items() if not key.startswith("__")}
+            endings = [key for key in sample if not key.startswith("__")]
             raise UnreadableImageError(
                 f"{name} must have an image ({', '.join(_IMAGES)}) and a class (cls) in "
-                f"0..{self.num_classes - 1}, found {', '.join(found)} with class {label!r}."
+                f"0..{self.num_classes - 1}, found {', '.join(endings)} with class {label!r}."
             )
         try:
             image = read_image(
                 f"{name}.{ending}", BytesIO(sample[ending]), self.channels, self.bits
             )
-        except UnreadableImageError as problem:
+        except UnreadableImageError as error:
             if self.skipped is None:
                 raise
-            self.skipped.add(problem)
+            self.skipped.add(error)
             return None
         with seeded(seed):
             return self.transform(image), int(label)
 
 
 class TrainStream(ShardStream):
-    """Whole batches of shuffled images, as many on each process.
+    """Streams whole batches of shuffled images, the same number on each process.
 
-    Each epoch takes the shards in another order and draws from a buffer of images. A worker that
-    comes to the end of its shards before its share of the epoch is full begins again.
+    Each epoch takes the shards in another order and draws images from a buffer. A worker that
+    reaches the end of its shards before its share of the epoch is full begins again.
 
     Args:
-        *args: Those of :class:`ShardStream`.
-        seed: The run's seed.
-        batch_size: Images in a batch.
-        batches: Batches in an epoch of this process.
-        buffer: How many images to draw the next one from.
+        *args: Arguments of `ShardStream`.
+        seed: Seed of the run.
+        batch_size: Images per batch.
+        batches: Number of batches in an epoch of this process.
+        buffer: Number of images in the buffer that the next image is drawn from.
     """
 
     def __init__(self, *args: Any, seed: int, batch_size: int, batches: int, buffer: int) -> None:
@@ -128,14 +137,14 @@ class TrainStream(ShardStream):
         self.batches = batches
         self.buffer = buffer
         self.epoch = 0
-        self.start = 0  # at which of this process's images the next pass begins
+        self.start = 0  # position among the images of this process at which the next pass begins
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets what the order and the augmentation depend on, besides the seed."""
+        """Sets the epoch, on which order and augmentation depend besides the seed."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """(image, label, seed) of each image of this worker's batches."""
+        """Yields (image, label, seed) of each image of this worker's batches."""
         worker, workers = _worker()
         # The loader takes batches from the workers in turn, beginning with the first.
         done = self.start // self.batch_size
@@ -148,32 +157,31 @@ class TrainStream(ShardStream):
         yield from islice(images, before, share)
 
     def _shuffled(self, shards: list[str], before: int) -> Iterator[Any]:
-        """An endless stream, of which the first images needn't be decoded."""
+        """Yields images without end; the first ones are not decoded if none can be skipped."""
         shuffle = require("webdataset", "webdataset").detshuffle
-        number = 0
-        for turn in count():
-            seed = zlib.crc32(f"{self.seed} {self.epoch} {turn}".encode())
-            stage = shuffle(self.buffer, self.buffer, seed)
-            found = False
-            for sample in stage.run(self.encoded(shards)):
-                found = True
-                if number < before and self.skipped is None:
-                    number += 1
+        yielded = 0
+        for repetition in count():
+            seed = zlib.crc32(f"{self.seed} {self.epoch} {repetition}".encode())
+            empty = True
+            for sample in shuffle(self.buffer, self.buffer, seed).run(self.encoded(shards)):
+                empty = False
+                if yielded < before and self.skipped is None:
+                    yielded += 1
                     yield None
                     continue
-                own = zlib.crc32(f"{seed} {sample['__url__']} {sample['__key__']}".encode())
-                if (decoded := self.decoded(sample, own)) is not None:
-                    number += 1
-                    yield (*decoded, own)
-            if not found:
-                raise TeamNetError(f"There is no image in {', '.join(shards)}.")
+                image_seed = zlib.crc32(f"{seed} {sample['__url__']} {sample['__key__']}".encode())
+                if (decoded := self.decoded(sample, image_seed)) is not None:
+                    yielded += 1
+                    yield (*decoded, image_seed)
+            if empty:
+                raise LoadingError(f"There is no image in {', '.join(shards)}.")
 
 
 class StreamLoader(Resumable):
-    """Loads a `TrainStream`, with new workers for each epoch, as they know but one.
+    """Loads a `TrainStream`, with new workers for each epoch, since a worker knows only one epoch.
 
     Args:
-        stream: What to load.
+        stream: The stream.
         **options: Arguments of ``DataLoader``.
     """
 
@@ -186,43 +194,44 @@ class StreamLoader(Resumable):
         return int(self.sampler.batches)
 
     def one_pass(self) -> Iterator[Any]:
-        """The batches of an epoch from where the stream starts."""
+        """Returns the batches of an epoch from the position at which the stream starts."""
         return iter(DataLoader(self.sampler, **self.options))
 
 
 class Shards(EncodedImageDataModule):
     """Images in tar shards in webdataset's format, on a disk or streamed from elsewhere.
 
-    Each image has two files of one name in a shard, such as ``0017.jpg`` and ``0017.cls``, the
-    latter with the class as text. Shards are named by braces, files or addresses that webdataset
-    opens: ``/data/train-{0000..0146}.tar``, ``https://...``, ``s3://...``, ``pipe:...``.
+    Each image has two files of the same name in a shard, such as ``0017.jpg`` and ``0017.cls``; the
+    latter holds the class as text. Shards are files or addresses that webdataset opens, with
+    ranges in braces: ``/data/train-{0000..0146}.tar``, ``https://...``, ``s3://...``,
+    ``pipe:...``.
 
-    The same seed gives the same batches on as many processes with as many workers, also after a
-    resume within an epoch, which reads what came before again but doesn't decode it. There must be
-    a training shard for each worker of each process. For validation and test each process reads all
-    shards, but decodes its share of the images alone. Shards can't be predicted, as their images
-    have no index.
+    The same seed gives the same batches on the same number of processes and workers, also after a
+    resume within an epoch, which reads the earlier images again but does not decode them. There
+    must be a training shard for each worker of each process. For validation and test, each process
+    reads all shards, but decodes only its share of the images. Prediction is not available, since
+    the images have no index.
 
     Args:
         num_classes: Number of classes.
-        classes: Their names, in the order of the labels; None if they have only numbers.
-        train_images: Images in an epoch; of each, only whole batches of all processes.
+        classes: Names of the classes in the order of the labels; None if classes only have numbers.
+        train_images: Number of images in an epoch, rounded down to whole batches of all processes.
         train: The training shards.
         val: The validation shards.
         test: The test shards, only needed to test.
         channels: 3 for RGB, 1 for grey.
         image_size: Height and width in pixels that images are brought to.
-        buffer: How many encoded images each worker draws the next one from.
-        statistics: What to normalise by: "imagenet", or mean and standard deviation of each
+        buffer: Number of encoded images that each worker draws the next image from.
+        statistics: Mean and standard deviation for normalization: "imagenet", or values for each
             channel.
-        **kwargs: Arguments of :class:`EncodedImageDataModule`, but for those that cut or choose
-            images. With ``on_error: skip`` the training stream goes on.
+        **kwargs: Arguments of `EncodedImageDataModule`. With ``on_error: skip``, the next image of
+            the stream takes the place of a skipped one in training.
 
     Raises:
-        ModuleNotFoundError: webdataset isn't installed.
-        FileNotFoundError: In ``setup``: a shard on a disk is missing.
-        ValueError: An argument is out of its range; in ``setup`` or later, a shard, image or class
-            can't be read, or there are too few shards.
+        ModuleNotFoundError: If webdataset is not installed.
+        FileNotFoundError: In ``setup``, if a shard on a disk is missing.
+        ValueError: If an argument is out of its range, or, in ``setup`` or later, a shard, image or
+            class cannot be read, or there are too few shards.
     """
 
     def __init__(
@@ -240,23 +249,11 @@ class Shards(EncodedImageDataModule):
         statistics: Literal["imagenet"] | Statistics = "imagenet",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size=image_size,
-            statistics=statistics,
-            val_fraction=None,
-            train_size=None,
-            split_seed=0,
-            **kwargs,
-        )
+        super().__init__(image_size=image_size, statistics=statistics, **kwargs)
         library = require("webdataset", "webdataset")
         if buffer < 1:
-            raise TeamNetError(f"buffer must be at least 1, got {buffer}.")
-        self.num_classes = num_classes
-        self.classes = classes
-        if classes is not None and len(classes) != num_classes:
-            raise TeamNetError(
-                f"There are {num_classes} classes, but {len(classes)} names of them."
-            )
+            raise TeamNetError(f"buffer must be at least 1, found {buffer}.")
+        self.set_classes(num_classes, classes)
         self.input_shape = (channels, image_size, image_size)
         self.train_images = train_images
         self.buffer = buffer
@@ -266,41 +263,33 @@ class Shards(EncodedImageDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Look at the first image of each split that the stage needs (Lightning's hook)."""
-        self.skipped = Skipped() if self.on_error == "skip" else None
-        self.draw_seed()
-        self.set_statistics(None)
-        evaluation = v2.Compose([v2.ToImage(), *self.eval_transform()])
-        if self.shards["train"] and self.given_bits is None and not self._missing("train"):
-            self.find_bits(_largest_value(self.shards["train"][0]))
+        """Checks the first image of each split that the stage needs (Lightning's hook)."""
+        super().setup(stage)
+        train_samples = self._detect_bits_of_samples()
         if stage in ("fit", "validate"):
-            self.val_stream = self._stream("val", evaluation)
-            self._stream("train", self._augmentation())
+            self.val_stream = self._checked_stream("val", self._eval_pipeline())
+            self._checked_stream("train", self._train_pipeline(), train_samples)
         else:
-            self.test_stream = self._stream("test", evaluation)
+            self.test_stream = self._checked_stream("test", self._eval_pipeline())
 
-    def load_split(self, split: Split) -> NoReturn:
-        """Raises: shards are a stream, and not to be had at once."""
-        raise NotImplementedError("Shards are streamed.")
-
-    def train_dataloader(self) -> StreamLoader:  # type: ignore[override]
-        """Shuffled, augmented training batches."""
+    def train_dataloader(self) -> StreamLoader:
+        """Returns the loader of shuffled, augmented training batches."""
         options = self._loader_options(self._mixes())
         processes, _ = self._processes()
         batches = self.train_images // (processes * self.batch_size)
         if batches < 1:
             raise TeamNetError(
                 f"train_images must be at least one batch of each process, {processes} x "
-                f"{self.batch_size}, got {self.train_images}."
+                f"{self.batch_size}, found {self.train_images}."
             )
         readers = processes * max(1, options["num_workers"])
         if len(self.shards["train"]) < readers:
             raise TeamNetError(
                 f"There are {len(self.shards['train'])} training shards, but {readers} workers of "
-                "all processes, which need one each: set num_workers, or make more shards."
+                "all processes, each of which needs one: set num_workers, or make more shards."
             )
         stream = TrainStream(
-            *self._share("train", self._augmentation()),
+            *self._stream_arguments("train", self._train_pipeline()),
             seed=self._seed,
             batch_size=self.batch_size,
             batches=batches,
@@ -309,22 +298,62 @@ class Shards(EncodedImageDataModule):
         return StreamLoader(stream, **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches."""
+        """Returns the loader of validation batches."""
         return DataLoader(self.val_stream, **self._loader_options())
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches."""
+        """Returns the loader of test batches."""
         return DataLoader(self.test_stream, **self._loader_options())
 
     def predict_dataloader(self) -> NoReturn:
-        """Raises: predictions are listed by the index of the image, and there is none."""
+        """Refuses prediction, whose results are listed by the index of the image.
+
+        Raises:
+            ValueError: Always.
+        """
         raise TeamNetError(
-            "Shards can't be predicted, as their images have no index: unpack them to a folder, "
-            "for ImageFolder."
+            "Shards cannot be used for prediction, since their images have no index: unpack them "
+            "to a folder, for ImageFolder."
         )
 
-    def _share(self, split: Split, transform: v2.Transform) -> tuple[Any, ...]:
-        """Arguments of `ShardStream`."""
+    def _detect_bits_of_samples(self) -> list[dict[str, Any]]:
+        """Detects the bits unless they are given; returns the training samples read for it."""
+        if self.given_bits is not None or self._missing("train"):
+            return []
+        samples = first_samples(self.shards["train"], SAMPLED_FOR_BITS)
+        endings = [_image_ending(sample) for sample in samples]
+        self.detect_bits(
+            largest_value(
+                BytesIO(sample[ending])
+                for sample, ending in zip(samples, endings, strict=True)
+                if ending is not None
+            )
+        )
+        return samples
+
+    def _checked_stream(
+        self, split: Split, transform: v2.Transform, samples: Sequence[dict[str, Any]] = ()
+    ) -> ShardStream:
+        """Makes the stream of a split after a check of its first image.
+
+        Args:
+            split: "train", "val" or "test".
+            transform: Applied to each image.
+            samples: The first samples, if they have been read already.
+        """
+        if not (shards := self.shards[split]):
+            raise TeamNetError(f"There are no {split} shards: set {split}.")
+        if missing := self._missing(split):
+            raise FileNotFoundError(f"There are no {split} shards {', '.join(missing)}.")
+        if not (samples := samples or first_samples(shards, 1)):
+            raise TeamNetError(f"There is no image in {', '.join(shards)}.")
+        stream = ShardStream(*self._stream_arguments(split, transform))
+        if (decoded := stream.decoded(samples[0], seed=0)) is not None:
+            self._check_shape(decoded[0], f"the transform of {split} images")
+        return stream
+
+    def _stream_arguments(self, split: Split, transform: v2.Transform) -> tuple[Any, ...]:
+        """Returns the arguments of `ShardStream`."""
         return (
             self.shards[split],
             self.num_classes,
@@ -336,43 +365,59 @@ class Shards(EncodedImageDataModule):
         )
 
     def _missing(self, split: Split) -> list[str]:
-        """Shards that should be on a disk and are not."""
+        """Lists the shards that should be on a disk and are not."""
         return [url for url in self.shards[split] if ":" not in url and not Path(url).is_file()]
 
-    def _stream(self, split: Split, transform: v2.Transform) -> ShardStream:
-        """The stream of a split, whose first image is right."""
-        if not (shards := self.shards[split]):
-            raise TeamNetError(f"There are no {split} shards: set {split}.")
-        if missing := self._missing(split):
-            raise FileNotFoundError(f"There are no {split} shards {', '.join(missing)}.")
-        stream = ShardStream(*self._share(split, transform))
-        first = next(stream.encoded(shards), None)
-        if first is None:
-            raise TeamNetError(f"There is no image in {', '.join(shards)}.")
-        sample = stream.decoded(first, seed=0)
-        if sample is not None and (shape := tuple(sample[0].shape)) != self.input_shape:
-            raise TeamNetError(
-                f"Shards: the transform of {split} images gives one of shape {shape}, not "
-                f"{self.input_shape}. It has to crop or resize to it."
-            )
-        return stream
+
+def first_samples(shards: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Reads the first samples of the first shard that has any.
+
+    Args:
+        shards: Files or addresses.
+        count: The largest number of samples to read.
+
+    Returns:
+        The samples as dicts of webdataset.
+
+    Raises:
+        LoadingError: If a shard cannot be read.
+    """
+    for shard in shards:
+        if samples := list(islice(read_samples(shard), count)):
+            return samples
+    return []
 
 
-def _samples(shard: str) -> Iterator[dict[str, Any]]:
+def read_samples(shard: str) -> Iterator[dict[str, Any]]:
+    """Reads the samples of a shard.
+
+    Args:
+        shard: File or address.
+
+    Yields:
+        The samples as dicts of webdataset.
+
+    Raises:
+        LoadingError: If the shard cannot be read.
+    """
     library = require("webdataset", "webdataset")
     try:
         # Not by `tarfile_samples`, which leaves the file open.
         with library.gopen(shard) as stream:
             yield from library.tariterators.group_by_keys(_files(shard, stream))
-    except Exception as error:  # whatever tarfile or a connection raises
-        raise TeamNetError(f"{shard} can't be read as a tar of images: {error}") from error
+    except Exception as error:  # tarfile and connections can raise errors of any class
+        raise LoadingError(f"{shard} cannot be read as a tar of images: {error}") from error
+
+
+def _image_ending(sample: dict[str, Any]) -> str | None:
+    return next((ending for ending in _IMAGES if ending in sample), None)
 
 
 class _Member(tarfile.TarInfo):
-    """A file in an archive that has to have an end.
+    """A file in an archive that must have an end mark.
 
-    Else an archive that was cut between two files would be a shorter one: webdataset's own iterator
-    and `tarfile` take it for whole.
+    Without this check, an archive that was cut between two files would pass for a shorter one:
+    webdataset's iterator and `tarfile` take it as complete.
     """
 
     @classmethod
@@ -382,33 +427,22 @@ class _Member(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]  # undocumented
             raise tarfile.ReadError(
-                "it ends without the mark of its end, so a part of it is missing; copy it again"
+                "it ends without an end mark, so a part of it is missing; copy it again"
             ) from error
 
 
 def _files(shard: str, stream: Any) -> Iterator[dict[str, Any]]:
-    """Files as webdataset's `tar_file_expander` gives them."""
+    """Yields the files of a tar, as webdataset's `tar_file_expander` does."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None and not _META.match(member.name):
                 yield {"fname": member.name, "data": content.read(), "__url__": shard}
-            archive.members = []  # type: ignore[attr-defined]  # they would pile up
+            archive.members = []  # type: ignore[attr-defined]  # they would fill the memory
     yield {}
 
 
-def _largest_value(shard: str) -> int | None:
-    """The largest value of the first images with 16 bits in a shard; ``None`` without such."""
-    values = [
-        largest_value(BytesIO(sample[ending]))
-        for sample in islice(_samples(shard), 16)
-        for ending in _IMAGES
-        if ending in sample
-    ]
-    return max((value for value in values if value is not None), default=None)
-
-
 def _worker() -> tuple[int, int]:
-    """Which worker this is, of how many."""
+    """Returns the index of this worker and the number of workers."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

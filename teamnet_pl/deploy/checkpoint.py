@@ -29,7 +29,7 @@ from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.settings import check_settings
-from teamnet_pl.trust import Trust, naming
+from teamnet_pl.trust import Trust, errors_naming
 
 
 def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
@@ -49,7 +49,7 @@ def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
         trust.check_transforms("preprocessing.transform", transform)
         values = {name: value for name, value in values.items() if name != "transform"}
     config = restore_config(PreprocessingConfig, "preprocessing", values, trust)
-    with naming(trust.source):
+    with errors_naming(trust.source):
         return replace(config, transform=transform)
 
 

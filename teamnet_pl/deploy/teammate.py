@@ -13,8 +13,8 @@ from safetensors.torch import load_model, save_model
 from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import (
     check_finite,
-    no_larger_than,
-    number_of_weights,
+    count_weights,
+    limit_parameters,
     weights_digest,
 )
 from teamnet_pl.cooperation import TeammateConfig
@@ -23,7 +23,7 @@ from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.errors import TeamNetError
-from teamnet_pl.trust import Trust, naming
+from teamnet_pl.trust import Trust, errors_naming
 
 CARD = """\
 ---
@@ -192,7 +192,7 @@ class Teammate(
             for key, weight in saved.weights.items()
             if key.startswith(prefix)
         }
-        with naming(saved.path), no_larger_than(number_of_weights(weights), saved.path):
+        with errors_naming(saved.path), limit_parameters(count_weights(weights), saved.path):
             teammate = cls(
                 saved.hyper_parameters["num_classes"],
                 saved.hyper_parameters["input_shape"],
@@ -272,7 +272,7 @@ class Teammate(
             TeamNetError: If the config or the weights are missing, damaged, not finite or do not
                 fit each other, or the config names something that is not trusted.
         """
-        with naming(pretrained_model_name_or_path):
+        with errors_naming(pretrained_model_name_or_path):
             try:
                 teammate: Teammate = super().from_pretrained(
                     pretrained_model_name_or_path, trust_import=trust_import, **kwargs
@@ -302,7 +302,7 @@ class Teammate(
         if not weights.is_file():  # on the Hub, where the mixin makes the net before the download
             teammate: Teammate = super()._from_pretrained(**kwargs | changes)
             return teammate
-        with no_larger_than(weights.stat().st_size, source):  # a weight takes at least a byte
+        with limit_parameters(weights.stat().st_size, source):  # a weight takes at least a byte
             teammate = super()._from_pretrained(**kwargs | changes)
         return teammate
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from teamnet_pl.atomic import replacing
+from teamnet_pl.atomic import atomic_write
 from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
 from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
 from tests.helpers.teams import make_digits, make_team, make_trainer
@@ -225,7 +225,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
     (tmp_path / "file").write_text("old")
 
     def fail():
-        with replacing(tmp_path / "file") as file:
+        with atomic_write(tmp_path / "file") as file:
             file.write(b"new")
             raise RuntimeError
 

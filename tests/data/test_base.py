@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from teamnet_pl.data import Digits, FashionMNIST, ImageDataModule
+from teamnet_pl.data import Digits, FashionMNIST, ImageDataModule, SplitDataModule
 from teamnet_pl.data.loading import EpochSampler
+from tests.helpers.datasets import BatchRecorder, flat, make_data_trainer
 
 CLASSES = 4
 HEIGHT, WIDTH = 5, 6
@@ -23,7 +24,7 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 0.2)
 
 
 def toy_pixels(index: int, label: int) -> np.ndarray:
-    """Red tells the class, green the sample, blue left from right."""
+    """Red encodes the class, green the sample, and blue the left half."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     pixels[..., 0] = label * 85
     pixels[..., 1] = index
@@ -44,7 +45,7 @@ class ToyImages(Dataset):
         return Image.fromarray(toy_pixels(index, self.labels[index])), self.labels[index]
 
 
-class Toy(ImageDataModule):
+class Toy(SplitDataModule):
     num_classes = CLASSES
     input_shape = (3, HEIGHT, WIDTH)
     mean = MEAN
@@ -73,12 +74,12 @@ def toy(stage: str = "fit", seed: int = 0, **kwargs) -> Toy:
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
-    """The values 0..255 of what a loader serves."""
+    """The images of a loader in 0..255."""
     return images.numpy() * (1 if images.dtype == torch.uint8 else 255.0)
 
 
-def unnormalised(images: torch.Tensor) -> torch.Tensor:
-    """The values in [0, 1] of what a net is given."""
+def unnormalized(images: torch.Tensor) -> torch.Tensor:
+    """The input of a net in [0, 1]."""
     assert images.dtype == torch.float32
     return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
@@ -98,7 +99,7 @@ def served(loader) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("loader", ["test_dataloader", "predict_dataloader"])
-def test_evaluation_batches_are_the_normalised_images_in_order(loader):
+def test_evaluation_batches_are_the_normalized_images_in_order(loader):
     data = toy("test", batch_size=2)
     batches = list(getattr(data, loader)())
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
@@ -116,7 +117,7 @@ def test_evaluation_batches_are_the_normalised_images_in_order(loader):
     val_fraction=st.floats(0.05, 0.9),
     split_seed=st.integers(0, 2**32 - 1),
 )
-def test_train_and_val_part_the_training_split_by_label(batch_size, val_fraction, split_seed):
+def test_train_and_val_divide_the_training_split_by_label(batch_size, val_fraction, split_seed):
     data = toy(batch_size=batch_size, val_fraction=val_fraction, split_seed=split_seed)
     val = served(data.val_dataloader())
     train = served(data.train_dataloader())
@@ -187,13 +188,13 @@ def test_each_epoch_is_shuffled_anew_and_each_seed_differently():
 
 
 def two_epochs(draws: int = 0, **kwargs) -> list[torch.Tensor]:
-    """Digits, as worker processes can't import this file's classes everywhere."""
+    """Digits, as worker processes cannot import the classes of this file everywhere."""
     pl.seed_everything(0, workers=True, verbose=False)
     data = Digits(batch_size=50, train_size=300, **kwargs)
     data.setup("fit")
     torch.rand(draws)
     loader = data.train_dataloader()
-    return [tensor for _ in range(2) for batch in loader for tensor in batch]
+    return flat(batch for _ in range(2) for batch in loader)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -222,7 +223,7 @@ def test_serving_leaves_the_random_state_alone():
     data = toy(batch_size=7, train_transform=v2.ColorJitter(0.5), mixup_alpha=1)
     before = torch.get_rng_state()
     list(data.train_dataloader())
-    # But for the loader's own: torch draws a seed for workers, also if there are none.
+    # Except for one draw of the loader: torch draws a seed for workers even if there are none.
     torch.set_rng_state(before)
     torch.empty((), dtype=torch.int64).random_()
     after = torch.get_rng_state()
@@ -246,9 +247,9 @@ def test_processes_take_turns_in_the_order_of_one(images, processes, seed, epoch
 
     alone = order(1, 0)
     shares = [order(processes, rank) for rank in range(processes)]
-    together = [draw for turn in zip(*shares, strict=True) for draw in turn]
+    together = [drawn for turn in zip(*shares, strict=True) for drawn in turn]
     assert together[:images] == alone
-    assert sorted(draw.image for draw in alone) == list(range(images))
+    assert sorted(drawn.index for drawn in alone) == list(range(images))
 
 
 def test_setup_leaves_the_random_state_alone():
@@ -408,58 +409,12 @@ def test_each_batch_gets_mixup_or_cutmix():
 # Lightning
 
 
-class Recorder(pl.LightningModule):
-    """A model that notes what it was given, a list for each batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch, _):
-        self.seen.append(batch)
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch, _):
-        pass
-
-    def predict_step(self, batch, _):
-        return batch[1]
-
-
-class TwoProcesses(Recorder):
-    """Saves the batches of each, as what is sent back must be small."""
-
-    def __init__(self, folder) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def on_train_end(self):
-        torch.save(self.seen, self.folder / f"{self.global_rank}.pt")
-
-
-def trainer(folder=None, **kwargs) -> pl.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "logger": False,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**quiet | kwargs)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_fit_and_predict():
     pl.seed_everything(0, verbose=False)
-    data, model, fit = Toy(batch_size=20), Recorder(), trainer()
+    data, model, fit = Toy(batch_size=20), BatchRecorder(), make_data_trainer()
     fit.fit(model, datamodule=data)
-    seen = served((unnormalised(images), labels) for images, labels in model.seen)
+    seen = served((unnormalized(images), labels) for images, labels in model.seen)
     assert sorted(seen) == sorted(
         (sample, data.train_labels[sample]) for sample in data.train_set.indices.tolist()
     )
@@ -472,21 +427,21 @@ def test_fit_and_predict():
     [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
 )
 @pytest.mark.parametrize("mixup_alpha", [0, 1])
-def test_the_net_is_given_normalised_images_in_its_precision(precision, dtype, mixup_alpha):
+def test_the_net_is_given_normalized_images_in_its_precision(precision, dtype, mixup_alpha):
     pl.seed_everything(0, verbose=False)
     data = Toy(batch_size=180, train_transform=[], mixup_alpha=mixup_alpha)
-    model = Recorder()
-    trainer(precision=precision).fit(model, datamodule=data)
+    model = BatchRecorder()
+    make_data_trainer(precision=precision).fit(model, datamodule=data)
     ((images, _),) = model.seen
     assert images.dtype == dtype
-    found = images.double().numpy()
+    values = images.double().numpy()
     # Each channel's ends, by hand: all are reached, mixed or not.
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         top = 199 / 255 if channel == 1 else 1
-        assert found[:, channel].min() >= (0 - mean) / std - 0.01
-        assert found[:, channel].max() <= (top - mean) / std + 0.02
-    assert found[:, 2, :, 0].min() == pytest.approx((1 - 0.125) / 0.2, rel=0.01)
-    assert found[:, 2, :, -1].max() == pytest.approx((0 - 0.125) / 0.2, rel=0.01)
+        assert values[:, channel].min() >= (0 - mean) / std - 0.01
+        assert values[:, channel].max() <= (top - mean) / std + 0.02
+    assert values[:, 2, :, 0].min() == pytest.approx((1 - 0.125) / 0.2, rel=0.01)
+    assert values[:, 2, :, -1].max() == pytest.approx((0 - 0.125) / 0.2, rel=0.01)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -494,12 +449,14 @@ def test_the_net_is_given_normalised_images_in_its_precision(precision, dtype, m
 def test_two_processes_share_the_batches_of_one(tmp_path):
     jitter = v2.ColorJitter(0.5)
     pl.seed_everything(0, verbose=False)
-    alone = Recorder()
-    trainer(max_epochs=3).fit(alone, datamodule=Toy(batch_size=60, train_transform=jitter))
+    alone = BatchRecorder()
+    make_data_trainer(max_epochs=3).fit(
+        alone, datamodule=Toy(batch_size=60, train_transform=jitter)
+    )
     pl.seed_everything(0, verbose=False)
-    fit = trainer(max_epochs=3, strategy="ddp_fork", devices=2)
-    fit.fit(TwoProcesses(tmp_path), datamodule=Toy(batch_size=30, train_transform=jitter))
-    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    fit = make_data_trainer(max_epochs=3, strategy="ddp_fork", devices=2)
+    fit.fit(BatchRecorder(tmp_path), datamodule=Toy(batch_size=30, train_transform=jitter))
+    shares = [torch.load(tmp_path / f"{rank}.pt")[0] for rank in range(2)]
     assert [len(share) for share in (alone.seen, *shares)] == [9, 9, 9]
     for expected, *parts in zip(alone.seen, *shares, strict=True):
         for whole, first, second in zip(expected, *parts, strict=True):
@@ -508,7 +465,7 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
 
 
 class OwnSeeds(Toy):
-    """Each process has a random state of its own."""
+    """Each process has a different random state."""
 
     def setup(self, stage):
         torch.manual_seed(self.trainer.global_rank)
@@ -518,15 +475,15 @@ class OwnSeeds(Toy):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_less_than_a_batch_each(tmp_path):
-    """Nothing is dropped or seen twice, though their seeds differ."""
-    fit = trainer(strategy="ddp_fork", devices=2)
+    """Nothing is dropped or seen twice, although their seeds differ."""
+    fit = make_data_trainer(strategy="ddp_fork", devices=2)
     data = OwnSeeds(batch_size=100, train_transform=[])
-    fit.fit(TwoProcesses(tmp_path), datamodule=data)
+    fit.fit(BatchRecorder(tmp_path), datamodule=data)
     seen = []
     for rank in range(2):
-        ((images, labels),) = torch.load(tmp_path / f"{rank}.pt")
+        ((images, labels),), _ = torch.load(tmp_path / f"{rank}.pt")
         assert len(labels) == 90
-        seen += [sample for sample, _ in served([(unnormalised(images), labels)])]
+        seen += [sample for sample, _ in served([(unnormalized(images), labels)])]
     assert len(set(seen)) == 180
 
 
@@ -542,15 +499,17 @@ def test_two_processes_share_less_than_a_batch_each(tmp_path):
     ],
     ids=str,
 )
-def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path, checkpoint, workers):
+def test_a_resumed_run_continues_with_the_same_batches(tmp_path, checkpoint, workers):
     def run(num_workers, seed, **kwargs):
         pl.seed_everything(seed, verbose=False)
         data = Digits(batch_size=40, train_size=120, mixup_alpha=1, num_workers=num_workers)
-        model = Recorder()
+        model = BatchRecorder()
         callback = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **checkpoint)
-        fit = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback])
+        fit = make_data_trainer(
+            tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback]
+        )
         fit.fit(model, datamodule=data, **kwargs)
-        return [tensor for batch in model.seen for tensor in batch]
+        return flat(model.seen)
 
     whole = run(workers[0], seed=0)
     assert len(whole) == 2 * 3 * 3
@@ -565,8 +524,8 @@ def test_a_resumed_run_goes_on_with_the_same_batches(tmp_path, checkpoint, worke
 def test_a_run_of_part_of_each_epoch_resumes_with_the_next(tmp_path):
     def run(epochs, **kwargs):
         pl.seed_everything(0, verbose=False)
-        model = Recorder()
-        fit = trainer(tmp_path, max_epochs=epochs, limit_train_batches=2)
+        model = BatchRecorder()
+        fit = make_data_trainer(tmp_path, max_epochs=epochs, limit_train_batches=2)
         fit.fit(model, datamodule=Toy(batch_size=20), **kwargs)
         fit.save_checkpoint(tmp_path / "end.ckpt")
         return [images for images, _ in model.seen]
@@ -581,8 +540,8 @@ def test_a_run_of_part_of_each_epoch_resumes_with_the_next(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_overfitting_sees_the_same_few_batches(tmp_path):
     pl.seed_everything(0, verbose=False)
-    data, model = Toy(batch_size=20, train_transform=[]), Recorder()
-    fit = trainer(tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True)
+    data, model = Toy(batch_size=20, train_transform=[]), BatchRecorder()
+    fit = make_data_trainer(tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True)
     fit.fit(model, datamodule=data)
     first, second, *again = (images for images, _ in model.seen)
     assert torch.equal(first, again[0])
@@ -591,7 +550,7 @@ def test_overfitting_sees_the_same_few_batches(tmp_path):
 
 
 def test_a_test_run_has_a_state(tmp_path):
-    """Whatever saves a checkpoint then."""
+    """For any code that saves a checkpoint during a test."""
     data = toy("test")
     other = Toy()
     other.load_state_dict(data.state_dict())
@@ -599,7 +558,7 @@ def test_a_test_run_has_a_state(tmp_path):
 
 
 def test_loader_processes():
-    """None if the CPU trains; for GPUs see the documentation."""
+    """No worker if the CPU trains; for GPUs as documented."""
     data = toy()
     assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
     on_gpu = SimpleNamespace(
@@ -623,16 +582,16 @@ def test_loader_processes():
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("batch_size", 0, "batch_size must be at least 1, got 0"),
-        ("val_fraction", 0.0, "val_fraction must be strictly between 0 and 1, got 0.0"),
-        ("val_fraction", 1.0, "val_fraction must be strictly between 0 and 1, got 1.0"),
-        ("val_fraction", float("nan"), "val_fraction must be .* got nan"),
-        ("train_size", 0, "train_size must be at least 1, got 0"),
-        ("split_seed", -1, "split_seed must be in .* got -1"),
-        ("num_workers", -1, "num_workers must be 0 or more, got -1"),
-        ("mixup_alpha", -0.1, "mixup_alpha must be 0 .off. or positive, got -0.1"),
-        ("cutmix_alpha", -1.0, "cutmix_alpha must be 0 .off. or positive, got -1.0"),
-        ("mixup_alpha", float("inf"), "mixup_alpha must be .* got inf"),
+        ("batch_size", 0, "batch_size must be at least 1, found 0"),
+        ("val_fraction", 0.0, "val_fraction must be strictly between 0 and 1, found 0.0"),
+        ("val_fraction", 1.0, "val_fraction must be strictly between 0 and 1, found 1.0"),
+        ("val_fraction", float("nan"), "val_fraction must be .* found nan"),
+        ("train_size", 0, "train_size must be at least 1, found 0"),
+        ("split_seed", -1, "split_seed must be in .* found -1"),
+        ("num_workers", -1, "num_workers must be 0 or more, found -1"),
+        ("mixup_alpha", -0.1, "mixup_alpha must be 0 .off. or positive, found -0.1"),
+        ("cutmix_alpha", -1.0, "cutmix_alpha must be 0 .off. or positive, found -1.0"),
+        ("mixup_alpha", float("inf"), "mixup_alpha must be .* found inf"),
     ],
 )
 def test_arguments_out_of_range(argument, value, message):
@@ -645,8 +604,8 @@ def test_arguments_out_of_range(argument, value, message):
     [
         ({"counts": (40, 1, 40, 40)}, r"1 in the smallest.*val_fraction=0.1"),
         ({"val_fraction": 0.01}, r"200 samples of 4 classes.*val_fraction=0.01"),
-        ({"train_size": 3}, r"train_size must be between 4 .* and 180 .* got 3"),
-        ({"train_size": 181}, r"train_size must be between 4 .* and 180 .* got 181"),
+        ({"train_size": 3}, r"train_size must be between 4 .* and 180 .* found 3"),
+        ({"train_size": 181}, r"train_size must be between 4 .* and 180 .* found 181"),
         ({"counts": (9, 9, 9, 9, 9, 9)}, r"training split: labels must be in 0..3, found \[4, 5\]"),
         ({"train_transform": v2.Pad(1)}, r"train_transform gives .*\(3, 7, 8\).*\(3, 5, 6\)"),
     ],
@@ -692,8 +651,8 @@ def test_count_of_images_and_labels_differ():
         (20, 1, [20]),
     ],
 )
-def test_a_last_batch_is_left_out_where_it_is_short(monkeypatch, images, processes, expected):
-    """One image alone would stop batch norm. Each process has its share, rounded up."""
+def test_an_incomplete_last_batch_is_left_out(monkeypatch, images, processes, expected):
+    """Batch norm fails on a single image. The share of each process is rounded up."""
     for rank in range(processes):
         monkeypatch.setattr(Digits, "_processes", lambda self, rank=rank: (processes, rank))
         data = Digits(batch_size=32, train_size=images, train_transform=[])

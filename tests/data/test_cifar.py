@@ -6,6 +6,7 @@ import pytest
 from torchvision import datasets
 
 from teamnet_pl.data import CIFAR10, CIFAR100, SVHN
+from tests.helpers.datasets import pixels
 
 
 def served(dataset):
@@ -20,16 +21,16 @@ def truth(on_disk, name):
         return np.concatenate(images).transpose(0, 3, 1, 2)
 
     if name == "cifar10":
-        train = channels_first([on_disk.pixels(10, 32, seed=i) for i in range(5)])
-        test = channels_first([on_disk.pixels(10, 32, seed=5)])
+        train = channels_first([pixels(10, 32, seed=i) for i in range(5)])
+        test = channels_first([pixels(10, 32, seed=5)])
         return (train, [*range(10)] * 5), (test, [*range(10)])
     if name == "cifar100":
-        train = channels_first([on_disk.pixels(400, 32, seed=0)])
-        test = channels_first([on_disk.pixels(100, 32, seed=1)])
+        train = channels_first([pixels(400, 32, seed=0)])
+        test = channels_first([pixels(100, 32, seed=1)])
         return (train, [*range(100)] * 4), (test, [*range(100)])
     # The file's 1..10 are the digits 1..9 and 0.
     digits = [*range(1, 10), 0]
-    train, test = (channels_first([on_disk.pixels(count, 32)]) for count in (60, 20))
+    train, test = (channels_first([pixels(count, 32)]) for count in (60, 20))
     return (train, digits * 6), (test, digits * 2)
 
 
@@ -60,13 +61,13 @@ def test_standard_augmentation(on_disk, cls):
     shifts, flips = set(), set()
     for i, index in enumerate(data.train_set.indices):
         padded = np.pad(images[index], ((0, 0), (4, 4), (4, 4)))
-        found = data.train_set[i][0].numpy()
+        image = data.train_set[i][0].numpy()
         ((top, left, flip),) = (
             (top, left, flip)
             for top in range(9)
             for left in range(9)
             for flip in (1, -1)
-            if np.array_equal(padded[:, top : top + 32, left : left + 32][..., ::flip], found)
+            if np.array_equal(padded[:, top : top + 32, left : left + 32][..., ::flip], image)
         )
         shifts.add((top, left))
         flips.add(flip)
@@ -93,7 +94,7 @@ def test_missing_files(on_disk, cls, folder, name, call):
     (root / folder / name).unlink()
     with pytest.raises(FileNotFoundError) as error:
         call(cls(root=root, download=False))
-    assert f"{cls.__name__} isn't in {root / folder} (missing: {name})" in str(error.value)
+    assert f"{cls.__name__} is not in {root / folder} (missing: {name})" in str(error.value)
 
 
 @pytest.mark.fault(
@@ -115,9 +116,11 @@ def test_a_damaged_file_is_never_read(on_disk, cls, name, monkeypatch):
         data.setup("fit")
 
 
-def test_download(on_disk, serve, tmp_path, monkeypatch):
+def test_download(on_disk, file_server, tmp_path, monkeypatch):
     mirror = on_disk.cifar10()
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"{serve(mirror)}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(
+        datasets.CIFAR10, "url", f"{file_server.start(mirror)}/cifar-10-python.tar.gz"
+    )
     data = CIFAR10(root=tmp_path / "new", val_fraction=0.25)
     data.prepare_data()
     (mirror / "cifar-10-python.tar.gz").write_bytes(b"another")
@@ -135,18 +138,18 @@ class Net(pl.LightningModule):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
-def test_one_of_two_processes_downloads(on_disk, serve, tmp_path, monkeypatch):
-    address = serve(on_disk.cifar10())
+def test_one_of_two_processes_downloads(on_disk, file_server, tmp_path, monkeypatch):
+    address = file_server.start(on_disk.cifar10())
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.predict(Net(), datamodule=CIFAR10(root=tmp_path / "two"), return_predictions=False)
-    both = list(serve.requests)
-    serve.requests.clear()
+    both = list(file_server.requests)
+    file_server.requests.clear()
     CIFAR10(root=tmp_path / "one").prepare_data()
-    assert serve.requests == both != []
+    assert file_server.requests == both != []
 
 
 def test_a_label_out_of_range(on_disk, monkeypatch):

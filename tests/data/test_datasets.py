@@ -2,6 +2,9 @@
 
 import csv
 import inspect
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import yaml
 from torchvision.transforms import v2
 
 from teamnet_pl import data
-from teamnet_pl.data.loading import Draw
+from teamnet_pl.data.loading import SeededIndex
 from teamnet_pl.deploy.checkpoint import SavedTeam
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -37,7 +40,7 @@ CASES = {
 }
 
 
-# The first ones, as the files or the datasets' authors call them.
+# The first names, as in the files or in the publication of the dataset.
 CLASSES = {
     "cifar10": ["class 0", "class 1", "class 2"],
     "cifar100": ["class 0", "class 1", "class 2"],
@@ -59,38 +62,76 @@ def test_each_dataset_has_a_config():
         for cls in vars(data).values()
         if inspect.isclass(cls)
         and issubclass(cls, data.ImageDataModule)
-        and cls is not data.ImageDataModule
+        and not inspect.isabstract(cls)
     }
     configs = [yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")]
     assert {config["data"]["class_path"].rpartition(".")[2] for config in configs} == public
 
 
+@pytest.mark.parametrize(("name", "config"), [("Shards", "shards"), ("LitData", "litdata")])
+@pytest.mark.parametrize("option", ["val_fraction", "train_size", "split_seed"])
+def test_data_modules_without_known_labels_have_no_options_of_splits(
+    cli, capsys, tmp_path, name, config, option
+):
+    with pytest.raises(SystemExit):
+        cli(tmp_path, "fit", "--config", CONFIGS / f"{config}.yaml", f"--data.{option}", 1)
+    message = capsys.readouterr().err
+    assert option in message
+    assert "Traceback" not in message
+    needed = {"num_classes": 3, "train": "a", "val": "b"}
+    needed |= {"train_images": 9} if name == "Shards" else {}
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        getattr(data, name)(**needed, **{option: 1})
+
+
+def test_importing_data_loads_no_library_that_only_some_datasets_need():
+    """Libraries that Lightning itself loads do not count."""
+    code = """
+        import importlib.machinery, importlib.util, sys
+        import lightning.pytorch, torchvision
+
+        # The package alone, without what `import teamnet_pl` loads.
+        package = importlib.util.module_from_spec(
+            importlib.machinery.ModuleSpec("teamnet_pl", None, is_package=True)
+        )
+        package.__path__ = [sys.argv[1]]
+        sys.modules["teamnet_pl"] = package
+        before = set(sys.modules)
+        import teamnet_pl.data
+        heavy = "sklearn matplotlib timm rich wandb datasets webdataset litdata medmnist".split()
+        print([name for name in heavy if name in set(sys.modules) - before])
+    """
+    folder = Path(data.__file__).parents[1]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("cls", [data.CIFAR10, data.CIFAR100, data.SVHN, data.MNIST, data.EMNIST])
 def test_small_images_are_scaled_last(on_disk, cls):
     def made(**kwargs):
-        found = cls(root=root, val_fraction=0.25, **kwargs)
-        found.prepare_data()
+        data_module = cls(root=root, val_fraction=0.25, **kwargs)
+        data_module.prepare_data()
         for stage in ("fit", "test"):
-            found.setup(stage)
-        return found
+            data_module.setup(stage)
+        return data_module
 
     root = getattr(on_disk, cls.__name__.lower())()
     stored, scaled = made(), made(image_size=48)
     assert scaled.input_shape == (stored.input_shape[0], 48, 48)
     for name in ("train_set", "val_set", "test_set"):
-        for item in (Draw(i, seed=i) for i in range(5)):
-            small, large = (getattr(own, name)[item][0] for own in (stored, scaled))
+        for item in (SeededIndex(i, seed=i) for i in range(5)):
+            small, large = (getattr(data_module, name)[item][0] for data_module in (stored, scaled))
             assert torch.equal(v2.functional.resize(small, [48, 48]), large)
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, found 0"):
         made(image_size=0)
 
 
 def last_metrics(folder, version):
-    found = {}
+    metrics = {}
     with open(folder / f"logs/version_{version}/metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
-            found |= {name: float(value) for name, value in row.items() if value}
-    return found
+            metrics |= {name: float(value) for name, value in row.items() if value}
+    return metrics
 
 
 def train_and_test(cli, folder, *options):
@@ -131,7 +172,7 @@ def test_a_config_trains_and_its_checkpoint_tests(cli, on_disk, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_fashion_mnist_whole(cli, tmp_path):
-    """With a net of less, as it is 70,000 images."""
+    """On a smaller team, since there are 70,000 images."""
     options = ["--data.root", DEBIAN, "--data.batch_size", 256, "--data.train_transform", "null"]
     options += ["--model.leader", "null", "--model.b", "null", "--model.a.depths", 2]
     options += ["--trainer.limit_train_batches", 1.0, "--test_after_fit", "true"]

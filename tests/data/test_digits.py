@@ -86,7 +86,7 @@ def test_standard_augmentation_moves_the_digits_a_little():
     data, plain = digits(), digits(train_transform=[])
     rows, columns = np.mgrid[:8, :8]
 
-    def centre(image):
+    def center(image):
         weights = image[0].numpy()
         return np.array([(rows * weights).sum(), (columns * weights).sum()]) / weights.sum()
 
@@ -95,7 +95,7 @@ def test_standard_augmentation_moves_the_digits_a_little():
 
     pairs = [(plain.train_set[i][0], data.train_set[i][0]) for i in range(300)]
     assert not any(torch.equal(before, after) for before, after in pairs)
-    shifts = np.array([centre(after) - centre(before) for before, after in pairs])
+    shifts = np.array([center(after) - center(before) for before, after in pairs])
     assert np.abs(shifts).max() < 2
     assert 0.4 < shifts.std() < 1
     assert np.abs(shifts.mean(0)).max() < 0.2
@@ -109,9 +109,9 @@ def test_standard_augmentation_moves_the_digits_a_little():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 7}, "image_size must be at least 8, got 7"),
-        ({"test_fraction": 0.0}, "test_fraction must be strictly between 0 and 1, got 0.0"),
-        ({"test_fraction": 1.5}, "test_fraction must be strictly between 0 and 1, got 1.5"),
+        ({"image_size": 7}, "image_size must be at least 8, found 7"),
+        ({"test_fraction": 0.0}, "test_fraction must be strictly between 0 and 1, found 0.0"),
+        ({"test_fraction": 1.5}, "test_fraction must be strictly between 0 and 1, found 1.5"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

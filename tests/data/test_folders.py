@@ -1,3 +1,4 @@
+import io
 import os
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from teamnet_pl.data import Digits, ImageFolder, ImageNet, Imagenette, TinyImageNet
+from tests.helpers.datasets import encoded, make_photos, pixels
 
 
 def prepared(on_disk, cls, stage, **kwargs):
@@ -18,12 +20,12 @@ def prepared(on_disk, cls, stage, **kwargs):
 
 @pytest.mark.parametrize("cls", [ImageNet, Imagenette])
 @pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("test", "val")])
-def test_labels_are_the_places_of_the_sorted_ids(on_disk, cls, stage, split):
+def test_labels_are_the_positions_of_the_sorted_ids(on_disk, cls, stage, split):
     data = prepared(on_disk, cls, stage, image_size=32)
     dataset = (data.train_set if stage == "fit" else data.test_set).dataset
-    photos = on_disk.photos({"train": 8, "val": 3})
+    photos = make_photos({"train": 8, "val": 3})
     truth = {
-        Image.open(on_disk.stream(content)).convert("RGB").tobytes(): int(name.split("/")[1][2])
+        Image.open(io.BytesIO(content)).convert("RGB").tobytes(): int(name.split("/")[1][2])
         for name, content in photos.items()
         if name.startswith(split)
     }
@@ -39,8 +41,8 @@ def test_tiny_imagenet(on_disk):
     data.setup("test")
     for j in range(9):
         image, label = data.test_set.dataset[j]
-        content = on_disk.encoded(on_disk.pixels(1, 64, seed=90 + j)[0])
-        np.testing.assert_array_equal(image, Image.open(on_disk.stream(content)))
+        content = encoded(pixels(1, 64, seed=90 + j)[0])
+        np.testing.assert_array_equal(image, Image.open(io.BytesIO(content)))
         assert label == (2 * j) % 3
 
 
@@ -57,8 +59,8 @@ def test_tiny_imagenet_annotations_of_another_class(on_disk):
         data.setup("test")
 
 
-def test_tiny_imagenet_is_downloaded(on_disk, serve, tmp_path, monkeypatch):
-    address = serve(on_disk.tiny_imagenet())
+def test_tiny_imagenet_is_downloaded(on_disk, file_server, tmp_path, monkeypatch):
+    address = file_server.start(on_disk.tiny_imagenet())
     monkeypatch.setattr(TinyImageNet, "archive", f"{address}/tiny-imagenet-200.zip")
     data = TinyImageNet(root=tmp_path / "new")
     data.prepare_data()
@@ -86,7 +88,7 @@ def test_imagenet_is_unpacked_once_and_by_checksum(on_disk):
 
 @pytest.mark.parametrize("cls", [ImageNet, Imagenette, TinyImageNet])
 @pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("test", "val")])
-def test_a_part_of_the_images(on_disk, cls, stage, split):
+def test_missing_images(on_disk, cls, stage, split):
     data = prepared(on_disk, cls, stage)
     on_disk.patch.setattr(cls, "images", {"train": 25, "test": 10})
     with pytest.raises(ValueError, match=rf"{split}.* has (24|9) images, not (25|10): delete it"):
@@ -136,16 +138,16 @@ def test_the_recipe_crops_and_flips(on_disk, cls, least):
     assert crop.scale == (least, 1)
     # A ramp from left to right tells how much of the width is kept, and whether it is flipped.
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
-    found = [np.asarray(flip(crop(ramp))).astype(int)[0] for _ in range(200)]
-    assert {np.sign(row[-1] - row[0]) for row in found} == {1, -1}
-    kept = [abs(row[-1] - row[0]) / 255 for row in found]
+    rows = [np.asarray(flip(crop(ramp))).astype(int)[0] for _ in range(200)]
+    assert {np.sign(row[-1] - row[0]) for row in rows} == {1, -1}
+    kept = [abs(row[-1] - row[0]) / 255 for row in rows]
     assert min(kept) > (least * 3 / 4) ** 0.5 - 0.05
     assert min(kept) < (least * 3 / 4) ** 0.5 + 0.2
     assert max(kept) > 0.9
 
 
 def test_image_size_out_of_range():
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, found 0"):
         ImageNet(image_size=0)
 
 
@@ -162,10 +164,10 @@ def test_hidden_files_and_folders_do_not_count(on_disk):
         (root / split / name / "._copy.png").write_bytes(b"of a Mac")
         (root / split / name / ".DS_Store").write_bytes(b"of a Mac")
         (root / split / name / "Thumbs.db").write_bytes(b"of Windows")
-    found = ImageFolder(root=root, image_size=32)
-    assert found.classes == expected.classes
+    data = ImageFolder(root=root, image_size=32)
+    assert data.classes == expected.classes
     for split in ("train", "val", "test"):
-        assert found.load_split(split)[1] == expected.load_split(split)[1]
+        assert data.load_split(split)[1] == expected.load_split(split)[1]
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "dev"])
@@ -184,7 +186,7 @@ def test_other_names_of_the_validation_folder(on_disk, name, caplog):
     assert ImageFolder(root=root, val=name, image_size=32).has_val
 
 
-def test_the_source_of_the_validation_images_is_said(caplog):
+def test_the_source_of_the_validation_images_is_logged(caplog):
     with caplog.at_level("INFO"):
         Digits(val_fraction=0.25).setup("fit")
     assert "from a share of 0.25 of the training split" in caplog.text

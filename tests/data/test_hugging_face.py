@@ -5,6 +5,7 @@ from PIL import Image
 
 from teamnet_pl.data import HuggingFace
 from teamnet_pl.data.loading import UnreadableImageError
+from tests.helpers.datasets import pixels
 
 
 def test_images_and_labels_of_each_split(on_disk):
@@ -17,7 +18,7 @@ def test_images_and_labels_of_each_split(on_disk):
         ((data.train_set, 30), (data.val_set, 10), (data.test_set, 12))
     ):
         images, labels = zip(*subset, strict=True)
-        truth = on_disk.pixels(count, 24, seed=seed).transpose(0, 3, 1, 2)
+        truth = pixels(count, 24, seed=seed).transpose(0, 3, 1, 2)
         np.testing.assert_array_equal(np.stack([image.numpy() for image in images]), truth)
         assert list(labels) == [i % 3 for i in range(count)]
 
@@ -45,11 +46,11 @@ def test_splits_and_columns_are_named(on_disk):
     data.setup("fit")
     assert (len(data.train_set), len(data.val_set)) == (24, 6)
     other = HuggingFace(path=root, label_column="label", test="dev")
-    with pytest.raises(ValueError, match=r"no split 'dev', but train, test: set test"):
+    with pytest.raises(ValueError, match=r"no split 'dev', only train, test: set test"):
         other.setup("test")
-    with pytest.raises(ValueError, match=r"Set image_column .* got image"):
+    with pytest.raises(ValueError, match=r"Set image_column .* found image"):
         HuggingFace(path=root, label_column="label", image_column="image")
-    with pytest.raises(ValueError, match=r"no split 'all', but train, test: set train"):
+    with pytest.raises(ValueError, match=r"no split 'all', only train, test: set train"):
         HuggingFace(path=root, train="all")
 
 
@@ -83,7 +84,7 @@ def test_images_of_any_size(on_disk):
         (
             lambda count: ["a" if count == 10 else "b"] * count,
             "string",
-            "'validation' of .* has labels that the training images don't have: a",
+            "'validation' of .* has labels that the training images do not have: a",
         ),
     ],
 )
@@ -117,14 +118,14 @@ def test_a_broken_image_is_named_by_its_row(on_disk):
 def test_no_such_dataset(on_disk, tmp_path, monkeypatch):
     on_disk.parquet()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none is no folder with files"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none is not a folder of files"):
         HuggingFace(path=f"{tmp_path}/none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/empty is no folder with files"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/empty is not a folder of files"):
         HuggingFace(path=f"{tmp_path}/empty")
 
 
-def test_without_download_only_a_folder_will_do(on_disk, monkeypatch):
+def test_without_download_the_path_must_be_a_folder(on_disk, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("asked the Hub")
 
@@ -136,15 +137,15 @@ def test_without_download_only_a_folder_will_do(on_disk, monkeypatch):
 
 
 def test_images_in_files_beside_them(on_disk, tmp_path):
-    """As the library's own ImageFolder has them."""
+    """In the layout of the library's ImageFolder."""
     on_disk.parquet()
     for split in ("train", "test"):
         for name in ("ant", "bee"):
             folder = tmp_path / "folder" / split / name
             folder.mkdir(parents=True)
-            for i, image in enumerate(on_disk.pixels(4, 24)):
+            for i, image in enumerate(pixels(4, 24)):
                 Image.fromarray(image).save(folder / f"{i}.png")
     data = HuggingFace(path=str(tmp_path / "folder"), val_fraction=0.5)
     data.setup("test")
     assert [int(label) for _, label in data.test_set] == [0] * 4 + [1] * 4
-    np.testing.assert_array_equal(data.test_set[5][0], on_disk.pixels(4, 24)[1].transpose(2, 0, 1))
+    np.testing.assert_array_equal(data.test_set[5][0], pixels(4, 24)[1].transpose(2, 0, 1))

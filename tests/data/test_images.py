@@ -1,4 +1,4 @@
-"""Images that are unlike the others: in mode, size, orientation and health."""
+"""Images of unusual modes, sizes and orientations, and broken ones."""
 
 import io
 import os
@@ -11,11 +11,11 @@ from PIL import Image
 
 from teamnet_pl.data import ImageFolder, Statistics
 from teamnet_pl.data.images import read_image
-from teamnet_pl.data.loading import Skipped, UnreadableImageError
+from teamnet_pl.data.loading import SkippedImages, UnreadableImageError
 from tests.helpers.teams import make_team, make_trainer
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
+COLOR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
 
 
 def stored(image, form="PNG", **kwargs):
@@ -32,20 +32,20 @@ def read(stream, channels=3):
 # Modes
 
 
-def test_grey_becomes_colour_and_colour_grey():
-    grey, colour = Image.fromarray(GREY), Image.fromarray(COLOUR)
+def test_grey_becomes_color_and_color_grey():
+    grey, color = Image.fromarray(GREY), Image.fromarray(COLOR)
     np.testing.assert_array_equal(read(stored(grey)), np.stack([GREY] * 3, axis=2))
     np.testing.assert_array_equal(read(stored(grey), 1), GREY)
-    np.testing.assert_array_equal(read(stored(colour)), COLOUR)
-    luma = COLOUR @ [0.299, 0.587, 0.114]  # ITU-R 601
-    np.testing.assert_allclose(read(stored(colour), 1), luma, atol=1)
+    np.testing.assert_array_equal(read(stored(color)), COLOR)
+    luma = COLOR @ [0.299, 0.587, 0.114]  # ITU-R 601
+    np.testing.assert_allclose(read(stored(color), 1), luma, atol=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_keep_the_upper_eight(channels):
     values = GREY.astype(np.uint16) * 256 + 255
-    found = read(stored(Image.fromarray(values)), channels)
-    np.testing.assert_array_equal(found.reshape(8, 8, -1)[..., 0], GREY)
+    image = read(stored(Image.fromarray(values)), channels)
+    np.testing.assert_array_equal(image.reshape(8, 8, -1)[..., 0], GREY)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
@@ -55,7 +55,7 @@ def test_sixteen_bits_of_which_fewer_hold_values(bits):
     np.testing.assert_array_equal(np.asarray(read_image("name", image, 1, bits)), GREY)
 
 
-def test_a_value_that_takes_more_bits_than_said():
+def test_a_value_that_takes_more_bits_than_given():
     values = np.full((8, 8), 1024, dtype=np.uint16)
     assert read_image("name", stored(Image.fromarray(values)), 1, 11)
     with pytest.raises(UnreadableImageError, match="value 1024, which takes more than 10 bits"):
@@ -63,7 +63,7 @@ def test_a_value_that_takes_more_bits_than_said():
 
 
 def save_twelve_bits(root):
-    """Folders of images of 12 bits in files of 16."""
+    """Writes folders of 12-bit images in 16-bit files."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 4)):
         for label in range(2):
@@ -75,10 +75,10 @@ def save_twelve_bits(root):
                 Image.fromarray(values).save(folder / f"{index}.png")
 
 
-@pytest.mark.fault("files of 16 bits hold 12", "found out from the training images, and said")
-def test_bits_are_found_and_said(tmp_path):
+@pytest.mark.fault("files of 16 bits hold 12", "detected from the training images, with a warning")
+def test_bits_are_detected_with_a_warning(tmp_path):
     save_twelve_bits(tmp_path)
-    with pytest.warns(UserWarning, match="values up to 4000, so that 12 bits are taken"):
+    with pytest.warns(UserWarning, match="values up to 4000, so 12 bits are taken"):
         data = ImageFolder(root=tmp_path, train_transform=[])
     data.setup("fit")
     assert data.bits == data.describe()["preprocessing"]["bits"] == 12
@@ -92,51 +92,51 @@ def test_bits_are_found_and_said(tmp_path):
 
 
 def test_cmyk_jpeg():
-    """Red is neither cyan nor black; in JPEG, as in print."""
+    """Red is the absence of cyan and black, also in JPEG."""
     cmyk = np.zeros((8, 8, 4), dtype=np.uint8)
     cmyk[..., 1:3] = 255
     image = Image.frombytes("CMYK", (8, 8), cmyk.tobytes())
-    found = read(stored(image, "JPEG", quality=100))
-    np.testing.assert_allclose(found, np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=4)
+    decoded = read(stored(image, "JPEG", quality=100))
+    np.testing.assert_allclose(decoded, np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=4)
 
 
 def test_palette_and_transparency():
-    palette = Image.fromarray(COLOUR).quantize(64)
+    palette = Image.fromarray(COLOR).quantize(64)
     expected = np.array(palette.getpalette()).reshape(-1, 3)[np.asarray(palette)]
     np.testing.assert_array_equal(read(stored(palette)), expected)
-    alpha = np.concatenate([COLOUR, GREY[..., None]], axis=2)
-    np.testing.assert_array_equal(read(stored(Image.fromarray(alpha))), COLOUR)
+    alpha = np.concatenate([COLOR, GREY[..., None]], axis=2)
+    np.testing.assert_array_equal(read(stored(Image.fromarray(alpha))), COLOR)
 
 
 @pytest.mark.parametrize(
     ("orientation", "turned"),
     [
-        (1, COLOUR),
-        (2, COLOUR[:, ::-1]),
-        (3, COLOUR[::-1, ::-1]),
-        (4, COLOUR[::-1]),
-        (5, COLOUR.transpose(1, 0, 2)),
-        (6, np.rot90(COLOUR, -1)),
-        (7, COLOUR[::-1, ::-1].transpose(1, 0, 2)),
-        (8, np.rot90(COLOUR)),
+        (1, COLOR),
+        (2, COLOR[:, ::-1]),
+        (3, COLOR[::-1, ::-1]),
+        (4, COLOR[::-1]),
+        (5, COLOR.transpose(1, 0, 2)),
+        (6, np.rot90(COLOR, -1)),
+        (7, COLOR[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90(COLOR)),
     ],
 )
 def test_exif_orientation(orientation, turned):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(read(stored(Image.fromarray(COLOUR), exif=exif)), turned)
+    np.testing.assert_array_equal(read(stored(Image.fromarray(COLOR), exif=exif)), turned)
 
 
 def test_32_bits_are_refused():
     for values in (GREY.astype(np.float32), GREY.astype(np.int32)):
-        with pytest.raises(UnreadableImageError, match="name: an image has 32 bits a pixel"):
+        with pytest.raises(UnreadableImageError, match="name: an image has 32 bits per pixel"):
             read(stored(Image.fromarray(values), "TIFF"))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"])
 def test_damaged_images_are_named(form, damage):
-    content = stored(Image.fromarray(np.tile(COLOUR, (20, 20, 1))), form).getvalue()
+    content = stored(Image.fromarray(np.tile(COLOR, (20, 20, 1))), form).getvalue()
     with pytest.raises(UnreadableImageError, match="name: "):
         read(io.BytesIO(damage(content)))
 
@@ -173,9 +173,9 @@ def image_folder(root, stage="fit", **kwargs):
 @pytest.mark.parametrize("num_workers", [0, 1])  # after an error, torch waits 5 s for each
 def test_a_broken_image_is_named(folder, num_workers):
     data = image_folder(folder, num_workers=num_workers)
-    # After what is looked at before training starts.
+    # After the check of some images before training starts.
     (path,) = replace(folder, b"broken", which=[5])
-    with pytest.raises(UnreadableImageError, match=path):
+    with pytest.raises(UnreadableImageError, match=f"^{path}: not an image in .*WEBP.$"):
         list(data.train_dataloader())
 
 
@@ -199,7 +199,7 @@ def test_broken_images_are_skipped_counted_and_listed(folder, num_workers, tmp_p
     data = image_folder(folder, on_error="skip", num_workers=num_workers)
     for _ in range(2):
         batches = list(data.train_dataloader())
-        # In training others stand in for them; no batch is smaller.
+        # In training, other images take their place; no batch is smaller.
         assert [len(labels) for _, labels in batches] == [4] * 6
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 5
     with pytest.warns(UserWarning, match="ImageFolder: 4 images could not be read") as warned:
@@ -210,20 +210,20 @@ def test_broken_images_are_skipped_counted_and_listed(folder, num_workers, tmp_p
     assert not list(tmp_path.glob("teamnet-skipped-*"))
 
 
-def test_a_problem_of_several_lines_is_one():
-    skipped = Skipped()
+def test_a_message_of_several_lines_is_recorded_once():
+    skipped = SkippedImages()
     for _ in range(2):
         skipped.add(UnreadableImageError("a.png: first\nsecond"))
     assert skipped.pop() == ["a.png: first second"]
 
 
-def test_nothing_is_said_if_nothing_was_skipped(folder):
+def test_there_is_no_warning_if_nothing_was_skipped(folder):
     data = image_folder(folder, on_error="skip")
     list(data.train_dataloader())
     data.teardown("fit")
 
 
-def test_a_broken_image_stands_in_the_way_of_predictions(folder):
+def test_predict_never_skips_a_broken_image(folder):
     (path,) = replace(folder, b"broken", "test", which=[5])
     data = image_folder(folder, "predict", on_error="skip")
     assert sum(len(labels) for _, labels in data.test_dataloader()) == 8
@@ -239,7 +239,7 @@ def test_nothing_but_broken_images(folder):
 
 
 def test_metrics_leave_out_what_is_skipped(folder, tmp_path):
-    """Also where all images of a batch are: they are as without the files."""
+    """Even all images of a batch: the metrics are the same as without the files."""
     replace(folder, b"broken", "test", which=[0, 1, 2, 5])
     team = make_team(num_classes=3, input_shape=(3, 40, 40))
     options = {"batch_size": 3, "on_error": "skip"}
@@ -257,11 +257,16 @@ def test_channels_are_those_of_the_images(folder):
     assert image_folder(folder).input_shape == (3, 40, 40)
     grey = stored(Image.fromarray(np.zeros((40, 40), np.uint8))).getvalue()
     replace(folder, grey, which=range(23))
-    assert image_folder(folder).input_shape == (3, 40, 40)  # one is in colour
+    assert image_folder(folder).input_shape == (3, 40, 40)  # one image is in color
     replace(folder, grey, which=range(24))
     data = image_folder(folder)
     assert data.input_shape == (1, 40, 40)
-    assert next(iter(data.val_dataloader()))[0].shape == (4, 1, 40, 40)  # which are in colour
+    assert next(iter(data.val_dataloader()))[0].shape == (
+        4,
+        1,
+        40,
+        40,
+    )  # of color images
     images = data.normalize(torch.full((1, 1, 2, 2), 0.449))
     torch.testing.assert_close(images, torch.zeros(1, 1, 2, 2), atol=1e-3, rtol=0)
 
@@ -275,7 +280,7 @@ def test_images_of_different_sizes(folder):
 
 
 @pytest.mark.fault("an image of another size than the others", "an error that names it")
-def test_a_size_that_shows_up_late_is_named(folder):
+def test_a_size_that_appears_late_is_named(folder):
     data = image_folder(folder)
     other = stored(Image.fromarray(np.zeros((30, 50, 3), np.uint8))).getvalue()
     (path,) = replace(folder, other, "val", which=[3])
@@ -329,7 +334,7 @@ def test_statistics(folder):
     assert np.allclose(ImageFolder(root=folder).std, 0.226)
 
 
-def test_names_that_are_no_text(folder):
+def test_names_that_are_not_text(folder):
     name = os.fsencode(folder / "train/n01") + b"/\xff.png"
     os.rename(sorted((folder / "train/n01").iterdir())[0], name)
     assert len(image_folder(folder).train_set) == 24
@@ -406,7 +411,7 @@ def test_the_command_line_says_what_is_missing(cli, capsys, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(("form", "num_workers"), [("PNG", 0), ("JPEG", 0), ("JPEG", 1)])
 def test_the_command_line_names_a_broken_image(cli, capsys, on_disk, tmp_path, form, num_workers):
-    """Before training, or where it comes up."""
+    """Before training, or when it is read."""
     folder = on_disk.image_folder(form=form, suffix=form.lower(), size=40)
     path = sorted((folder / "train").rglob(f"*.{form.lower()}"))[5]
     path.write_bytes(path.read_bytes()[:-500])  # no more than its end is missing

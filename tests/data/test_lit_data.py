@@ -16,15 +16,25 @@ from torchvision.transforms import v2
 from teamnet_pl.data import LitData, Statistics
 from teamnet_pl.data.lit_data import ChunkSampler
 from teamnet_pl.data.loading import UnreadableImageError
+from tests.helpers.datasets import (
+    encoded,
+    flat,
+    numbered_image,
+    numbers_in,
+    pixels,
+    png_and_label,
+    record_fit,
+    same_tensors,
+)
 
-# As it is ignored by litdata, of whose tensors images are copied.
+# litdata ignores this warning too; its tensors are copied.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 COUNTS = {"train": 40, "val": 7, "test": 6}
 
 
 def lit_data(on_disk, stage="fit", **kwargs):
-    """Images as they are, in batches of 4."""
+    """Images without transforms, in batches of 4."""
     pl.seed_everything(0, verbose=False)
     for split, count in COUNTS.items():
         if split not in kwargs and not (on_disk.folder / split).exists():
@@ -36,63 +46,51 @@ def lit_data(on_disk, stage="fit", **kwargs):
     return data
 
 
-def flat(batches):
-    return [tensor for batch in batches for tensor in batch]
-
-
-def same(found, expected):
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
-
-
 def test_images_and_labels_of_each_split(on_disk):
     data = lit_data(on_disk)
     assert data.input_shape == (3, 24, 24)
-    train = on_disk.numbers_in(data.train_dataloader())
+    train = numbers_in(data.train_dataloader())
     assert sorted(train) == list(range(40))
     assert train != sorted(train)
-    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
+    assert numbers_in(data.val_dataloader()) == list(range(7))
     data.setup("test")
-    assert on_disk.numbers_in(data.test_dataloader()) == list(range(6))
-    assert on_disk.numbers_in(data.predict_dataloader()) == list(range(6))
-
-
-def photo(on_disk, number):
-    return on_disk.pixels(1, 24, seed=number)[0]
+    assert numbers_in(data.test_dataloader()) == list(range(6))
+    assert numbers_in(data.predict_dataloader()) == list(range(6))
 
 
 SAMPLES = {
-    "pair": lambda disk, i: (disk.encoded(photo(disk, i), "PNG"), i % 3),
-    "list": lambda disk, i: [disk.encoded(photo(disk, i), "PNG"), i % 3],
-    "bmp": lambda disk, i: {"image": disk.encoded(photo(disk, i), "BMP"), "label": i % 3},
-    "pillow": lambda disk, i: {"image": Image.fromarray(photo(disk, i)), "label": i % 3},
-    "array": lambda disk, i: {"image": photo(disk, i), "label": i % 3},
-    "numpy label": lambda disk, i: {"image": photo(disk, i), "label": np.int64(i % 3)},
-    "tensor": lambda disk, i: (torch.tensor(photo(disk, i)).permute(2, 0, 1), torch.tensor(i % 3)),
-    "image": lambda disk, i: {
-        "image": litdata.Image(bytes=disk.encoded(photo(disk, i), "PNG")), "label": i % 3
+    "pair": lambda i: (encoded(numbered_image(i), "PNG"), i % 3),
+    "list": lambda i: [encoded(numbered_image(i), "PNG"), i % 3],
+    "bmp": lambda i: {"image": encoded(numbered_image(i), "BMP"), "label": i % 3},
+    "pillow": lambda i: {"image": Image.fromarray(numbered_image(i)), "label": i % 3},
+    "array": lambda i: {"image": numbered_image(i), "label": i % 3},
+    "numpy label": lambda i: {"image": numbered_image(i), "label": np.int64(i % 3)},
+    "tensor": lambda i: (torch.tensor(numbered_image(i)).permute(2, 0, 1), torch.tensor(i % 3)),
+    "image": lambda i: {
+        "image": litdata.Image(bytes=encoded(numbered_image(i), "PNG")), "label": i % 3
     },
-    "more": lambda disk, i: {
-        "id": str(i), "image": photo(disk, i), "label": i % 3, "box": [0.5, 1.0]
+    "more": lambda i: {
+        "id": str(i), "image": numbered_image(i), "label": i % 3, "box": [0.5, 1.0]
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_samples(on_disk, kind):
-    on_disk.litdata(range(40), sample=lambda number: SAMPLES[kind](on_disk, number))
+    on_disk.litdata(range(40), sample=SAMPLES[kind])
     data = lit_data(on_disk)
-    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
+    assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "jpeg"])
 def test_jpeg_files_are_decoded_as_by_pillow(on_disk, kind):
-    files = [on_disk.encoded(photo(on_disk, i)) for i in range(7)]
+    files = [encoded(numbered_image(i)) for i in range(7)]
     make = litdata.Jpeg if kind == "jpeg" else dict
     samples = [make(bytes=file) if kind == "jpeg" else file for file in files]
     on_disk.litdata(samples, "val", sample=lambda sample: (sample, 0))
-    found = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
+    images = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
     truth = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
-    np.testing.assert_array_equal(found.permute(0, 2, 3, 1), truth)
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), truth)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +105,15 @@ def test_jpeg_files_are_decoded_as_by_pillow(on_disk, kind):
     ],
 )
 def test_grey_images(on_disk, make):
-    grey = [on_disk.pixels(1, 24, 1, seed=i)[0] for i in range(7)]
+    grey = [pixels(1, 24, 1, seed=i)[0] for i in range(7)]
     for split in COUNTS:
         on_disk.litdata(grey, split, sample=lambda image: (make(image), 1))
     data = lit_data(on_disk, channels=1)
     assert data.input_shape == (1, 24, 24)
-    found = torch.cat([images for images, _ in data.val_dataloader()])
-    np.testing.assert_array_equal(found[:, 0], np.stack(grey))
-    colour = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
-    np.testing.assert_array_equal(colour, np.stack([grey] * 3, axis=1))
+    images = torch.cat([images for images, _ in data.val_dataloader()])
+    np.testing.assert_array_equal(images[:, 0], np.stack(grey))
+    color = torch.cat([images for images, _ in lit_data(on_disk).val_dataloader()])
+    np.testing.assert_array_equal(color, np.stack([grey] * 3, axis=1))
 
 
 def test_keys_are_named(on_disk):
@@ -123,10 +121,10 @@ def test_keys_are_named(on_disk):
         on_disk.litdata(
             range(count),
             split,
-            sample=lambda number: {"class": number % 3, "jpg": photo(on_disk, number)},
+            sample=lambda number: {"class": number % 3, "jpg": numbered_image(number)},
         )
     data = lit_data(on_disk, image_key="jpg", label_key="class")
-    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
+    assert numbers_in(data.val_dataloader()) == list(range(7))
     with pytest.raises(ValueError, match=r"train, sample 0 .* 'image' .* a dict of 'class', 'jpg'"):
         lit_data(on_disk)
 
@@ -134,7 +132,7 @@ def test_keys_are_named(on_disk):
 def test_an_epoch_takes_chunk_after_chunk(on_disk):
     data = lit_data(on_disk)
     loader = data.train_dataloader()
-    first, second = on_disk.numbers_in(loader), on_disk.numbers_in(loader)
+    first, second = numbers_in(loader), numbers_in(loader)
     for order in (first, second):
         assert sorted(order) == list(range(40))
         chunks = [number // 9 for number in order]
@@ -142,26 +140,26 @@ def test_an_epoch_takes_chunk_after_chunk(on_disk):
         assert sorted(visits) == list(range(5))
         assert visits != sorted(visits)
         within = [[number for number in order if number // 9 == chunk] for chunk in range(4)]
-        assert all(own != sorted(own) for own in within)
+        assert all(numbers != sorted(numbers) for numbers in within)
     assert first != second
-    assert on_disk.numbers_in(lit_data(on_disk).train_dataloader()) == first
+    assert numbers_in(lit_data(on_disk).train_dataloader()) == first
 
 
 def test_blocks_are_shuffled_and_so_are_their_images():
     sampler = ChunkSampler(range(1400), [700, 400, 300], 0, 1, 0)
-    order = [draw.image for draw in sampler]
+    order = [drawn.index for drawn in sampler]
     assert sorted(order) == list(range(1400))
     chunk = np.split(np.arange(700), [256, 512])
-    own = [image for image in order if image < 700]
-    blocks = [next(i for i, block in enumerate(chunk) if image in block) for image in own]
+    first_chunk = [image for image in order if image < 700]
+    blocks = [next(i for i, block in enumerate(chunk) if image in block) for image in first_chunk]
     visits = [block for block, _ in itertools.groupby(blocks)]
     assert sorted(visits) == [0, 1, 2]
     orders = set()
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        own = [draw.image for draw in sampler if draw.image < 700]
-        orders.add(tuple(dict.fromkeys(image // 256 for image in own)))
-        assert own[:100] != sorted(own[:100])
+        images = [drawn.index for drawn in sampler if drawn.index < 700]
+        orders.add(tuple(dict.fromkeys(image // 256 for image in images)))
+        assert images[:100] != sorted(images[:100])
     assert len(orders) == 6
 
 
@@ -180,10 +178,10 @@ def test_processes_take_turns_in_the_order_of_one(sizes, processes, seed, epoch)
     whole = draws(1, 0)
     shares = [draws(processes, rank) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
-    turns = [draw for turn in zip(*shares, strict=True) for draw in turn]
+    turns = [drawn for turn in zip(*shares, strict=True) for drawn in turn]
     assert turns[: len(whole)] == whole
     assert len(turns) < len(whole) + processes
-    assert sorted(draw.image for draw in whole) == list(range(sum(sizes)))
+    assert sorted(drawn.index for drawn in whole) == list(range(sum(sizes)))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -194,15 +192,15 @@ def test_any_number_of_workers_gives_the_same_batches(on_disk):
             on_disk, num_workers=num_workers, train_transform=v2.ColorJitter(0.5), mixup_alpha=1
         )
         loader = data.train_dataloader()
-        found = flat(batch for _ in range(2) for batch in loader)
-        return found, on_disk.numbers_in(data.val_dataloader())
+        batches = flat(batch for _ in range(2) for batch in loader)
+        return batches, numbers_in(data.val_dataloader())
 
     expected, val = epochs(0)
     assert len(expected) == 2 * 2 * 10
     assert val == list(range(7))
     for num_workers in (1, 2):
-        found, val = epochs(num_workers)
-        assert same(found, expected)
+        batches, val = epochs(num_workers)
+        assert same_tensors(batches, expected)
         assert val == list(range(7))
 
 
@@ -210,15 +208,13 @@ def test_loaders_pickle_for_spawned_workers(on_disk):
     data = lit_data(on_disk)
     expected = list(data.val_dataloader())
     copied = pickle.loads(pickle.dumps(data.val_dataloader()))
-    assert same(flat(copied), flat(expected))
+    assert same_tensors(flat(copied), flat(expected))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize(("every", "on_error"), [(14, "raise"), (3, "skip"), (10, "raise")])
-def test_a_resumed_run_goes_on_with_the_same_batches(
-    on_disk, record, tmp_path, workers, every, on_error
-):
+def test_a_resumed_run_continues_with_the_same_batches(on_disk, tmp_path, workers, every, on_error):
     def run(num_workers, ckpt_path=None):
         data = lit_data(
             on_disk,
@@ -227,16 +223,14 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
             train_transform=v2.ColorJitter(0.5),
             on_error=on_error,
         )
-        return record(tmp_path, data, every, ckpt_path).seen
+        return flat(record_fit(tmp_path, data, every, ckpt_path).seen)
 
     if on_error == "skip":
-        on_disk.litdata(
-            range(40), sample=lambda i: broken() if i % 9 == 5 else on_disk.png_and_label(i)
-        )
+        on_disk.litdata(range(40), sample=lambda i: broken() if i % 9 == 5 else png_and_label(i))
     whole = run(workers[0])
     assert len(whole) == 2 * 20
     resumed = run(workers[1], tmp_path / f"step={every}.ckpt")
-    assert same(resumed, whole[2 * every :])
+    assert same_tensors(resumed, whole[2 * every :])
 
 
 def broken(label=0):
@@ -245,30 +239,31 @@ def broken(label=0):
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_the_order_of_one(on_disk, monkeypatch):
-    order = on_disk.numbers_in(lit_data(on_disk).train_dataloader())
-    # litdata, which has its own way to share, must not share again.
+    order = numbers_in(lit_data(on_disk).train_dataloader())
+    # litdata must not divide the images among the processes a second time.
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setattr(LitData, "_processes", lambda self, rank=rank: (2, rank))
         loader = lit_data(on_disk, batch_size=3).train_dataloader()
         assert len(loader) == 6
-        assert on_disk.numbers_in(loader) == order[rank::2][:18]
+        assert numbers_in(loader) == order[rank::2][:18]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_share_evenly_without_loss(on_disk, record, tmp_path):
+def test_two_processes_share_evenly_without_loss(on_disk, tmp_path):
     on_disk.litdata(range(39))
     data = lit_data(on_disk, batch_size=20)
-    record(tmp_path, data, strategy="ddp_fork", devices=2, num_sanity_val_steps=0)
+    record_fit(tmp_path, data, strategy="ddp_fork", devices=2, num_sanity_val_steps=0)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for seen, _ in shares:
-        assert [len(part) for part in seen] == [20] * 4  # two epochs of a batch
-    assert [[len(part) for part in evaluated] for _, evaluated in shares] == [[4] * 4, [3] * 4]
+        assert [len(labels) for _, labels in seen] == [20] * 2  # two epochs of a batch
+    evaluated = [[len(labels) for _, labels in val] for _, val in shares]
+    assert evaluated == [[4] * 2, [3] * 2]
     for epoch in range(2):
-        batches = [images for seen, _ in shares for images in seen[2 * epoch : 2 * epoch + 1]]
+        batches = [seen[epoch][0] for seen, _ in shares]
         assert len({image.numpy().tobytes() for image in torch.cat(batches)}) == 39
-        batches = [images for _, val in shares for images in val[2 * epoch : 2 * epoch + 1]]
+        batches = [val[epoch][0] for _, val in shares]
         assert len({image.numpy().tobytes() for image in torch.cat(batches)}) == 7
 
 
@@ -278,27 +273,25 @@ def test_two_processes_share_evenly_without_loss(on_disk, record, tmp_path):
 )
 def test_broken_images(on_disk):
     on_disk.litdata(
-        [on_disk.png_and_label(i) if i != 17 else broken() for i in range(40)],
-        sample=lambda found: found | {"image": litdata.Image(bytes=found["image"])},
+        [png_and_label(i) if i != 17 else broken() for i in range(40)],
+        sample=lambda sample: sample | {"image": litdata.Image(bytes=sample["image"])},
     )
     for split in ("val", "test"):
-        on_disk.litdata(
-            range(6), split, sample=lambda i: on_disk.png_and_label(i) if i != 3 else broken()
-        )
+        on_disk.litdata(range(6), split, sample=lambda i: png_and_label(i) if i != 3 else broken())
     data = lit_data(on_disk)
     with pytest.raises(UnreadableImageError, match=r"val, sample 3: not an image in"):
         list(data.val_dataloader())
     with pytest.raises(UnreadableImageError, match=r"train, sample 17: not an image in"):
         list(data.train_dataloader())
     data = lit_data(on_disk, on_error="skip")
-    train = on_disk.numbers_in(data.train_dataloader())
-    assert sorted(train) == sorted([*range(17), 18, *range(18, 40)])  # the next one stands in
-    assert on_disk.numbers_in(data.val_dataloader()) == [0, 1, 2, 4, 5]
+    train = numbers_in(data.train_dataloader())
+    assert sorted(train) == sorted([*range(17), 18, *range(18, 40)])  # the next one instead
+    assert numbers_in(data.val_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
     assert "val, sample 3: not an image in" in str(warned[0].message)
     data.setup("predict")
-    assert on_disk.numbers_in(data.test_dataloader()) == [0, 1, 2, 4, 5]
+    assert numbers_in(data.test_dataloader()) == [0, 1, 2, 4, 5]
     with pytest.raises(UnreadableImageError, match="test, sample 3"):
         list(data.predict_dataloader())
 
@@ -330,7 +323,7 @@ def test_samples_that_do_not_fit_are_named_before_training(on_disk, sample, mess
 
 
 def test_a_late_label_is_named(on_disk):
-    on_disk.litdata(range(7), "val", sample=lambda i: on_disk.png_and_label(i) | {"label": i})
+    on_disk.litdata(range(7), "val", sample=lambda i: png_and_label(i) | {"label": i})
     data = lit_data(on_disk, on_error="skip")
     with pytest.raises(ValueError, match=r"val, sample 3 must have a label in 0..2, found 3"):
         list(data.val_dataloader())
@@ -345,11 +338,11 @@ def test_a_late_label_is_named(on_disk):
             "fit",
             {"train": "https://a"},
             ValueError,
-            r"https://a can't .* must be a folder, or .* s3://",
+            r"cannot read https://a: it must be a folder, or .* s3://",
         ),
         ("test", {"test": None}, ValueError, "no test images: set test"),
         ("fit", {"train_transform": v2.Pad(1)}, ValueError, r"train_transform .* \(3, 26, 26\)"),
-        ("fit", {"image_size": 0}, ValueError, "image_size must be at least 1, got 0"),
+        ("fit", {"image_size": 0}, ValueError, "image_size must be at least 1, found 0"),
     ],
 )
 def test_arguments_that_do_not_fit(on_disk, stage, arguments, error, message):
@@ -359,7 +352,7 @@ def test_arguments_that_do_not_fit(on_disk, stage, arguments, error, message):
 
 def test_sizes_that_differ(on_disk):
     sizes = [24, 24, 20]
-    on_disk.litdata(sizes, "val", sample=lambda size: (on_disk.pixels(1, size)[0], 0))
+    on_disk.litdata(sizes, "val", sample=lambda size: (pixels(1, size)[0], 0))
     with pytest.raises(UnreadableImageError, match="sample 2 has 20x20 pixels, the others 24x24"):
         list(lit_data(on_disk).val_dataloader())
     data = lit_data(on_disk, image_size=16, train_transform=None)
@@ -376,16 +369,16 @@ def test_damaged_files_are_named(on_disk):
     lit_data(on_disk)
     chunk = next((on_disk.folder / "val").glob("*.bin"))
     chunk.write_bytes(chunk.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"val, sample 0 can't be read by litdata: .*chunk-0-0"):
+    with pytest.raises(ValueError, match=r"litdata cannot read .*val, sample 0: .*chunk-0-0"):
         lit_data(on_disk)
     (on_disk.folder / "val/index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"val can't be read by litdata: "):
+    with pytest.raises(ValueError, match=r"litdata cannot read .*val: "):
         lit_data(on_disk)
 
 
 def test_statistics_of_the_data(on_disk):
     data = lit_data(on_disk, statistics="data")
-    truth = np.stack([photo(on_disk, i) for i in range(40)]) / 255
+    truth = np.stack([numbered_image(i) for i in range(40)]) / 255
     np.testing.assert_allclose(data.mean, truth.mean((0, 1, 2)))
     np.testing.assert_allclose(data.std, truth.std((0, 1, 2)))
 
@@ -393,7 +386,7 @@ def test_statistics_of_the_data(on_disk):
 def test_statistics_fit_the_channels_before_anything_is_read():
     options = {"num_classes": 3, "train": "s3://none", "val": "s3://none", "image_size": 24}
     assert len(LitData(channels=1, **options).mean) == 1
-    with pytest.raises(ValueError, match=r"statistics.mean .* each of 1 channels, got 3"):
+    with pytest.raises(ValueError, match=r"statistics.mean .* each of 1 channels, found 3"):
         LitData(channels=1, statistics=Statistics([0.5] * 3, [0.5] * 3), **options)
 
 
@@ -411,27 +404,27 @@ def test_a_folder_is_read_in_place(on_disk, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["chunk", "batch", "sample"])
-def test_compressed_chunks_are_left_as_they_are(on_disk, tmp_path, level):
-    """litdata would put decompressed ones in their place."""
+def test_compressed_chunks_stay_unchanged(on_disk, tmp_path, level):
+    """litdata would replace them by decompressed ones."""
     pytest.importorskip("zstd")
     on_disk.litdata(
         range(40),
-        sample=lambda i: SAMPLES["array"](on_disk, i),
+        sample=SAMPLES["array"],
         compression="zstd",
         compression_level=level,
     )
     before = contents(on_disk.folder / "train")
     data = lit_data(on_disk, cache_dir=str(tmp_path / "cache"))
-    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
+    assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
     assert contents(on_disk.folder / "train") == before
     assert len(list(tmp_path.glob("cache/**/*.bin"))) == (5 if level == "chunk" else 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_what_optimize_writes(on_disk):
+def test_output_of_optimize(on_disk):
     litdata.optimize(
-        on_disk.png_and_label,
+        png_and_label,
         list(range(40)),
         str(on_disk.folder / "train"),
         chunk_bytes="16KB",
@@ -441,18 +434,18 @@ def test_what_optimize_writes(on_disk):
     )
     data = lit_data(on_disk)
     assert len(data.train_set.dataset.chunk_sizes) > 2
-    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
+    assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
 
 
 @pytest.fixture
-def store(on_disk, serve, tmp_path, monkeypatch):
-    """An object store with the folders; its address."""
+def store(on_disk, file_server, tmp_path, monkeypatch):
+    """The address of an object store with the folders."""
     bucket = tmp_path / "stored/bucket"
     for split, count in COUNTS.items():
         on_disk.litdata(range(count), split, chunk_size=20)
     bucket.parent.mkdir()
     on_disk.folder.rename(bucket)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", serve(bucket.parent))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", file_server.start(bucket.parent))
     monkeypatch.setitem(litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS, "allow_http", "true")
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
         monkeypatch.setenv(f"AWS_{name}", "any")
@@ -462,21 +455,21 @@ def store(on_disk, serve, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_chunks_come_from_an_object_store_once(on_disk, serve, store, tmp_path, num_workers):
+def test_chunks_come_from_an_object_store_once(on_disk, file_server, store, tmp_path, num_workers):
     folders = {split: f"{store}/{split}" for split in COUNTS}
     cache = tmp_path / "cache"
     data = lit_data(on_disk, num_workers=num_workers, cache_dir=str(cache), **folders)
     loader = data.train_dataloader()
     for _ in range(2):
-        assert sorted(on_disk.numbers_in(loader)) == list(range(40))
-    assert on_disk.numbers_in(data.val_dataloader()) == list(range(7))
-    whole = [line for line in serve.requests if line.startswith("GET") and ".bin" in line]
+        assert sorted(numbers_in(loader)) == list(range(40))
+    assert numbers_in(data.val_dataloader()) == list(range(7))
+    whole = [line for line in file_server.requests if line.startswith("GET") and ".bin" in line]
     assert len(whole) == len(set(whole)) == len(list(cache.rglob("*.bin"))) == 3
 
 
 @pytest.mark.fault("an object store lacks the data", "an error that names it")
-def test_what_a_store_has_not_is_named(on_disk, store, tmp_path):
-    with pytest.raises(ValueError, match=r"s3://bucket/none can't be read by litdata: .*404"):
+def test_a_folder_that_the_store_lacks_is_named(on_disk, store, tmp_path):
+    with pytest.raises(ValueError, match=r"litdata cannot read s3://bucket/none: .*404"):
         lit_data(on_disk, train=f"{store}/none", cache_dir=str(tmp_path))
 
 

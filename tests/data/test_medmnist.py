@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from teamnet_pl.data import MedMNIST
+from tests.helpers.datasets import pixels
 
 CONFIGS = Path(__file__).parents[2] / "configs/data"
 
@@ -25,15 +26,15 @@ def test_images_and_labels_of_each_split(on_disk, name, size, classes, channels)
         ((data.train_set, 30), (data.val_set, 10), (data.test_set, 12))
     ):
         images, labels = zip(*subset, strict=True)
-        truth = on_disk.pixels(count, size, channels, seed).reshape(count, size, size, channels)
+        truth = pixels(count, size, channels, seed).reshape(count, size, size, channels)
         np.testing.assert_array_equal(torch.stack(images), truth.transpose(0, 3, 1, 2))
         assert [int(label) for label in labels] == [i % classes for i in range(count)]
 
 
-def test_download(on_disk, serve, tmp_path, monkeypatch):
+def test_download(on_disk, file_server, tmp_path, monkeypatch):
     from medmnist import INFO
 
-    address = serve(on_disk.medmnist())
+    address = file_server.start(on_disk.medmnist())
     monkeypatch.setitem(INFO["pathmnist"], "url", f"{address}/pathmnist.npz")
     data = MedMNIST(root=tmp_path / "new")
     data.prepare_data()
@@ -53,8 +54,8 @@ def test_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chestmnist", "organmnist3d", "mnist"])
-def test_what_is_not_for_classifiers_of_images(name):
-    with pytest.raises(ValueError, match=f"one of pathmnist, .*got '{name}'"):
+def test_datasets_in_3d_or_with_several_labels_are_refused(name):
+    with pytest.raises(ValueError, match=f"one of pathmnist, .*found '{name}'"):
         MedMNIST(name=name)
 
 
@@ -76,5 +77,5 @@ def test_a_missing_library_is_named(cli, capsys, tmp_path, monkeypatch, module, 
     with pytest.raises(SystemExit):
         cli(tmp_path, "fit", *options)
     message = capsys.readouterr().err
-    assert f"needs {module}, which isn't installed: pip install 'teamnet_pl[{extra}]'" in message
+    assert f"needs {module}, which is not installed: pip install 'teamnet_pl[{extra}]'" in message
     assert "Traceback" not in message

@@ -1,5 +1,4 @@
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 from torchvision import datasets
 
 from teamnet_pl.data import EMNIST, MNIST, FashionMNIST
+from tests.helpers import datasets as helpers
+from tests.helpers.datasets import idx, md5
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -26,11 +27,6 @@ def write(folder: Path, name: str, content: bytes, gz: bool) -> None:
         (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
     else:
         (folder / name).write_bytes(content)
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.astype(np.uint8).tobytes()
 
 
 def write_all(folder: Path, gz: bool = False, size: int = 28) -> Path:
@@ -174,7 +170,7 @@ def test_emnist(on_disk, variant, classes, first):
     data.prepare_data()
     data.setup("test")
     ((images, labels),) = data.test_dataloader()
-    truth = on_disk.pixels(classes, 28, 1).transpose(0, 2, 1)  # they lie on their side
+    truth = helpers.pixels(classes, 28, 1).transpose(0, 2, 1)  # the files hold them transposed
     np.testing.assert_array_equal(pixels(images), truth)
     assert labels.tolist() == list(range(classes))
 
@@ -183,11 +179,11 @@ def test_emnist(on_disk, variant, classes, first):
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch, serve, on_disk):
+def mirror(tmp_path, monkeypatch, file_server, on_disk):
     """A web server with the files, in place of torchvision's mirror."""
     folder = write_all(tmp_path / "mirror", gz=True)
-    sums = [(path.name, on_disk.md5(path)) for path in sorted(folder.iterdir())]
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [serve(folder) + "/"])
+    sums = [(path.name, md5(path)) for path in sorted(folder.iterdir())]
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [file_server.start(folder) + "/"])
     monkeypatch.setattr(datasets.FashionMNIST, "resources", sums)
     return folder
 
@@ -268,7 +264,9 @@ GOOD = idx(arrays("train")[0])
 def test_damaged_images_are_named(tmp_path, content, gz):
     write_all(tmp_path, gz)
     write(tmp_path, IMAGES["train"], content, gz)
-    with pytest.raises(ValueError, match=f"{IMAGES['train']}.* is truncated or isn't"):
+    with pytest.raises(
+        ValueError, match=f"{IMAGES['train']}.* is truncated or is not the expected"
+    ):
         fashion(tmp_path)
 
 
@@ -282,7 +280,7 @@ def test_damaged_gzip_is_named(tmp_path, damage):
     write_all(tmp_path, gz=True)
     path = tmp_path / f"{LABELS['train']}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path} is truncated or isn't"):
+    with pytest.raises(ValueError, match=f"{path} is truncated or is not the expected"):
         fashion(tmp_path)
 
 

@@ -39,9 +39,9 @@ def test_its_statistics():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train_images": 0}, "train_images must be at least 1, got 0"),
-        ({"test_images": -1}, "test_images must be at least 1, got -1"),
-        ({"input_shape": (3, 0, 8)}, "height must be at least 1, got 0"),
+        ({"train_images": 0}, "train_images must be at least 1, found 0"),
+        ({"test_images": -1}, "test_images must be at least 1, found -1"),
+        ({"input_shape": (3, 0, 8)}, "height must be at least 1, found 0"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -8,14 +8,15 @@ import torch
 from torchvision.transforms import v2
 
 from teamnet_pl.data import Shards
-from teamnet_pl.data.loading import UnreadableImageError
-from teamnet_pl.data.shards import _samples
+from teamnet_pl.data.loading import LoadingError, UnreadableImageError
+from teamnet_pl.data.shards import read_samples
+from tests.helpers.datasets import encoded, flat, numbers_in, record_fit, write_tar
 
 SIZES = [11, 7, 9, 13]  # 40 images
 
 
 def shards(on_disk, stage="fit", **kwargs):
-    """Images as they are, in batches of 4."""
+    """Images without transforms, in batches of 4."""
     pl.seed_everything(0, verbose=False)
     options = {
         "train": on_disk.shards(SIZES),
@@ -37,15 +38,15 @@ def shards(on_disk, stage="fit", **kwargs):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_and_labels_of_each_split(on_disk, num_workers):
     data = shards(on_disk, num_workers=num_workers)
-    train = on_disk.numbers_in(data.train_dataloader())
+    train = numbers_in(data.train_dataloader())
     assert len(data.train_dataloader()) == 10
     assert len(train) == 40
     if num_workers == 0:
         assert sorted(train) == list(range(40))
     assert train != sorted(train)
-    assert sorted(on_disk.numbers_in(data.val_dataloader())) == list(range(7))
+    assert sorted(numbers_in(data.val_dataloader())) == list(range(7))
     data.setup("test")
-    assert sorted(on_disk.numbers_in(data.test_dataloader())) == list(range(6))
+    assert sorted(numbers_in(data.test_dataloader())) == list(range(6))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -65,16 +66,16 @@ def test_each_epoch_has_another_order_that_the_seed_repeats(on_disk, num_workers
 
 def test_a_buffer_of_one_does_not_shuffle_within_a_shard(on_disk):
     data = shards(on_disk, buffer=1)
-    order = on_disk.numbers_in(data.train_dataloader())
+    order = numbers_in(data.train_dataloader())
     starts = np.cumsum([0, *SIZES[:-1]])
     parts = sorted(order.index(start) for start in starts)
     pieces = [order[a:b] for a, b in zip(parts, [*parts[1:], None], strict=True)]
     assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
 
 
-def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
+def test_an_epoch_longer_than_the_shards_repeats_them(on_disk):
     data = shards(on_disk, train_images=80)
-    order = on_disk.numbers_in(data.train_dataloader())
+    order = numbers_in(data.train_dataloader())
     assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
     assert order[:40] != order[40:]
 
@@ -91,8 +92,8 @@ def test_an_epoch_longer_than_the_shards_begins_them_again(on_disk):
         (3, 14, "skip"),
     ],
 )
-def test_a_resumed_run_goes_on_with_the_same_batches(
-    on_disk, record, tmp_path, num_workers, every, on_error
+def test_a_resumed_run_continues_with_the_same_batches(
+    on_disk, tmp_path, num_workers, every, on_error
 ):
     def run(ckpt_path=None):
         data = shards(
@@ -105,7 +106,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(
         if on_error == "skip":
             path = on_disk.folder / "train-1.tar"
             path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 2))
-        return record(tmp_path, data, every, ckpt_path).seen
+        return flat(record_fit(tmp_path, data, every, ckpt_path).seen)
 
     whole = run()
     assert len(whole) == 2 * 20
@@ -119,30 +120,30 @@ def test_processes_share_the_shards(on_disk, rank, monkeypatch):
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, rank))
     data = shards(on_disk, train_images=16)
     assert len(data.train_dataloader()) == 2
-    own = on_disk.numbers_in(data.train_dataloader())
-    val = sorted(on_disk.numbers_in(data.val_dataloader()))
+    numbers = numbers_in(data.train_dataloader())
+    val = sorted(numbers_in(data.val_dataloader()))
     monkeypatch.setattr(Shards, "_processes", lambda self: (2, 1 - rank))
-    others = on_disk.numbers_in(shards(on_disk, train_images=16).train_dataloader())
-    assert len(own) == len(others) == 8
-    assert not set(own) & set(others)
+    others = numbers_in(shards(on_disk, train_images=16).train_dataloader())
+    assert len(numbers) == len(others) == 8
+    assert not set(numbers) & set(others)
     assert val == ([0, 2, 4, 6], [1, 3, 5])[rank]  # each once
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
-    """Also where an image is skipped."""
-    found, batches = set(), set()
+    """Even if an image is skipped."""
+    numbers, batches = set(), set()
     for rank in range(3):
         monkeypatch.setattr(Shards, "_processes", lambda self, rank=rank: (3, rank))
         data = shards(on_disk, batch_size=1, num_workers=num_workers, on_error="skip")
         path = on_disk.folder / "val-0.tar"
         path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"none", 1))
-        own = list(data.val_dataloader())
-        batches.add(len(own))
-        found |= set(on_disk.numbers_in(own))
+        val = list(data.val_dataloader())
+        batches.add(len(val))
+        numbers |= set(numbers_in(val))
     assert batches == {3}
-    assert found == {1, 2, 3, 4, 5, 6}
+    assert numbers == {1, 2, 3, 4, 5, 6}
 
 
 @pytest.mark.fault(
@@ -160,8 +161,8 @@ def test_broken_images(on_disk):
     path.write_bytes(broken)
     train = on_disk.folder / "train-2.tar"
     train.write_bytes(train.read_bytes().replace(b"\x89PNG", b"none", 1))
-    assert len(on_disk.numbers_in(data.train_dataloader())) == 40  # the stream goes on
-    assert sorted(on_disk.numbers_in(data.val_dataloader())) == [0, 1, 2, 3, 4, 6]
+    assert len(numbers_in(data.train_dataloader())) == 40  # the stream goes on
+    assert sorted(numbers_in(data.val_dataloader())) == [0, 1, 2, 3, 4, 6]
     with pytest.warns(UserWarning, match="2 images could not be read") as warned:
         data.teardown("fit")
     assert "val-1.tar, 0005.png: " in str(warned[0].message)
@@ -185,7 +186,7 @@ def test_broken_images(on_disk):
 )
 def test_samples_that_do_not_fit_are_named_before_training(on_disk, members, message):
     val = f"{on_disk.folder}/other/val-0.tar"
-    on_disk.tar(on_disk.folder / "other/val-0.tar", members)
+    write_tar(on_disk.folder / "other/val-0.tar", members)
     with pytest.raises(ValueError, match=message):
         shards(on_disk, val=val)
 
@@ -195,7 +196,7 @@ def test_a_cut_tar_is_named(on_disk):
     data = shards(on_disk)
     path = on_disk.folder / "val-1.tar"
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"val-1.tar can't be read as a tar"):
+    with pytest.raises(ValueError, match=r"val-1.tar cannot be read as a tar"):
         list(data.val_dataloader())
 
 
@@ -204,7 +205,7 @@ def test_a_cut_tar_is_named(on_disk):
     [
         ("fit", {"train": "/none-{0..2}.tar"}, FileNotFoundError, "train shards /none-0.tar, /no"),
         ("test", {"test": None}, ValueError, "no test shards: set test"),
-        ("fit", {"buffer": 0}, ValueError, "buffer must be at least 1, got 0"),
+        ("fit", {"buffer": 0}, ValueError, "buffer must be at least 1, found 0"),
         ("fit", {"train_transform": v2.Pad(1)}, ValueError, r"train images .* \(3, 26, 26\)"),
     ],
 )
@@ -214,25 +215,25 @@ def test_arguments_that_do_not_fit(on_disk, stage, arguments, error, message):
 
 
 def test_too_few(on_disk):
-    with pytest.raises(ValueError, match="1 x 4, got 3"):
+    with pytest.raises(ValueError, match="1 x 4, found 3"):
         shards(on_disk, train_images=3).train_dataloader()
     with pytest.raises(ValueError, match="4 training shards, but 5 workers"):
         shards(on_disk, num_workers=5).train_dataloader()
-    with pytest.raises(ValueError, match="can't be predicted"):
+    with pytest.raises(ValueError, match="cannot be used for prediction"):
         shards(on_disk, "predict").predict_dataloader()
 
 
-def test_shards_from_elsewhere(on_disk, serve):
+def test_shards_from_elsewhere(on_disk, file_server):
     on_disk.shards(SIZES)
-    address = serve(on_disk.folder)
+    address = file_server.start(on_disk.folder)
     data = shards(on_disk, train=f"{address}/train-{{0..3}}.tar")
-    assert sorted(on_disk.numbers_in(data.train_dataloader())) == list(range(40))
+    assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
 
 
 @pytest.mark.fault("a tar shard was cut between two files", "an error that names the shard")
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_a_shard_without_its_end(on_disk, tmp_path, ending):
-    """Each cut at the end of a file in it would make a valid but shorter archive."""
+    """A cut between two files would make a valid but shorter archive."""
     on_disk.shards([5, 2], "val")
     whole = (on_disk.folder / "val-0.tar").read_bytes()
     with tarfile.open(on_disk.folder / "val-0.tar") as archive:
@@ -240,21 +241,56 @@ def test_a_shard_without_its_end(on_disk, tmp_path, ending):
     pack = gzip.compress if ending == "tar.gz" else bytes
     path = tmp_path / f"shard.{ending}"
     path.write_bytes(pack(whole))
-    count = len(list(_samples(str(path))))
+    count = len(list(read_samples(str(path))))
     assert count > 1
     for cut in cuts:
         path.write_bytes(pack(whole[:cut]))
         with tarfile.open(path) as archive:
             assert len(archive.getnames()) > 0
-        with pytest.raises(ValueError, match=rf"shard\.{ending} can't be read.*ends without"):
-            list(_samples(str(path)))
+        with pytest.raises(
+            ValueError, match=rf"shard\.{ending} cannot be read.*ends without an end mark"
+        ):
+            list(read_samples(str(path)))
 
 
-def test_a_shard_cut_in_the_midst_of_its_compressed_bytes(on_disk, tmp_path):
+def test_a_shard_cut_within_its_compressed_bytes(on_disk, tmp_path):
     on_disk.shards([5, 2], "val")
     content = gzip.compress((on_disk.folder / "val-0.tar").read_bytes())
     path = tmp_path / "shard.tar.gz"
     for share in (0.3, 0.7, 0.95):
         path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ValueError, match=r"shard\.tar\.gz can't be read"):
-            list(_samples(str(path)))
+        with pytest.raises(ValueError, match=r"shard\.tar\.gz cannot be read"):
+            list(read_samples(str(path)))
+
+
+def test_bits_are_detected_in_one_reading_of_the_first_images(on_disk, monkeypatch):
+    members = {}
+    for number in range(20):
+        values = np.full((24, 24), 4000 - number, dtype=np.uint16)
+        members |= {f"{number}.png": encoded(values, "PNG"), f"{number}.cls": b"1"}
+    write_tar(on_disk.folder / "deep-0.tar", members)
+    reads = []
+
+    def read(shard):
+        reads.append(shard)
+        return read_samples(shard)
+
+    monkeypatch.setattr("teamnet_pl.data.shards.read_samples", read)
+    with pytest.warns(UserWarning, match="values up to 4000, so 12 bits are taken"):
+        data = shards(on_disk, train=f"{on_disk.folder}/deep-0.tar")
+    assert data.bits == 12
+    assert reads == [f"{on_disk.folder}/deep-0.tar", f"{on_disk.folder}/val-0.tar"]
+
+
+@pytest.mark.fault(
+    "a shard is cut short while workers read it",
+    "an error that names the shard, without the worker's traceback",
+)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_is_its_message_alone(on_disk, num_workers):
+    data = shards(on_disk, num_workers=num_workers)
+    path = on_disk.folder / "val-0.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(LoadingError, match=f"^{path} cannot be read as a tar of images: [^\n]*$"):
+        list(data.val_dataloader())

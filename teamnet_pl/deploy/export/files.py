@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from teamnet_pl.atomic import write_text
+from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.export.int8 import onnx_accuracy, save_onnx_int8
@@ -109,7 +109,7 @@ def export_files(
             path = folder / f"{depth['name']}.int8.onnx"
             accuracies = _save_int8(teammate, depth["name"], path, images, data)
             depth["files"]["onnx_int8"] = _file_entry(path) | accuracies
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
 

@@ -21,7 +21,7 @@ from teamnet_pl.deploy.teammate import Teammate
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.errors import TeamNetError
-from teamnet_pl.trust import naming
+from teamnet_pl.trust import errors_naming
 
 CALIBRATION_RUNS = 10
 """Number of runs of each depth and batch size that replace a profile."""
@@ -206,7 +206,7 @@ class Predictor:
                 "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
                 "own."
             )
-        with naming(path):
+        with errors_naming(path):
             preprocessing = Preprocessing.from_config(saved.preprocessing, saved.trust)
         return cls(
             net,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from teamnet_pl.data.images import read_image, upright
+from teamnet_pl.data.images import convert_image, read_image
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
@@ -129,7 +129,7 @@ class Preprocessing:
         if isinstance(image, bytes):
             return read_image("The image", BytesIO(image), channels, self.bits, max_pixels)
         if isinstance(image, Image.Image):
-            return upright(image, channels, self.bits)
+            return convert_image(image, channels, self.bits)
         if not isinstance(image, Tensor | np.ndarray):
             raise TeamNetError(
                 "An image is a tensor, an array, a PIL image, the path of a file or its content; "

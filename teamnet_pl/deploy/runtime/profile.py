@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from teamnet_pl.atomic import write_text
+from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.errors import TeamNetError
 
 
@@ -109,7 +109,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Writes the profile as JSON."""
-        write_text(path, json.dumps(asdict(self), indent=2))
+        atomic_write_text(path, json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
