@@ -32,7 +32,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "blocks": Command(
         "teamnet_pl.commands.blocks:show_blocks",
-        "Prints a backbone's skippable blocks and what each policy's depths cost.",
+        "Prints a backbone's skippable blocks and the cost of each policy's depths.",
     ),
     "configs": Command(
         "teamnet_pl.commands.configs:list_configs",

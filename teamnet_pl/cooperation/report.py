@@ -204,7 +204,7 @@ class Report:
         axes.set_xlabel("multiply-accumulates per image")
         axes.set_ylabel(f"top-1 accuracy on the {self.rows[0].split} split, %")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right")  # the best place takes long to find
         return figure
 
 

@@ -219,6 +219,27 @@ class ImageDataModule(LightningDataModule, ABC):
         """Returns the number of processes and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _check_validation_interval(self, batches: int) -> None:
+        """Refuses validation after more batches than an epoch has, before Lightning sets it up.
+
+        Args:
+            batches: Number of training batches of this process in an epoch.
+        """
+        trainer = self.trainer
+        if (
+            trainer is None
+            or trainer.check_val_every_n_epoch is None
+            or not trainer.limit_val_batches
+        ):
+            return
+        limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if isinstance(interval, int) and interval > batches:
+            raise TeamNetError(
+                f"val_check_interval is {interval} batches, but an epoch has {batches}: give "
+                "fewer, or count over epochs (check_val_every_n_epoch: null)."
+            )
+
     def _mixes(self) -> list[v2.Transform]:
         """Makes the transforms that mix the images of a training batch."""
         return [

@@ -96,13 +96,15 @@ class MapStyleDataModule(ImageDataModule):
         sampler = self._train_sampler()
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             sampler = SequentialEpochSampler(self.train_set, self._seed, *self._processes())
-        return ResumableLoader(
+        loader: DataLoader[Any] = ResumableLoader(
             self.train_set,
             sampler=sampler,
             # Batch norm cannot train on a last batch of one image.
             drop_last=len(sampler) > self.batch_size,
             **self._loader_options(self._mixes()),
         )
+        self._check_validation_interval(len(loader))
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the loader of validation batches, in a fixed order."""

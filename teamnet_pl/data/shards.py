@@ -282,6 +282,7 @@ class Shards(EncodedImageDataModule):
                 f"train_images must be at least one batch of each process, {processes} x "
                 f"{self.batch_size}, found {self.train_images}."
             )
+        self._check_validation_interval(batches)
         readers = processes * max(1, options["num_workers"])
         if len(self.shards["train"]) < readers:
             raise TeamNetError(

@@ -41,4 +41,8 @@ print(*set(sys.modules) - before)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["teamnet_pl.commands"]
+    heavy = {"torch", "lightning", "jsonargparse", "rich", "matplotlib"}
+    loaded = set(done.stdout.split())
+    assert "teamnet_pl.commands" in loaded
+    assert not loaded & heavy
+    assert not any(name.startswith("teamnet_pl.") for name in loaded - {"teamnet_pl.commands"})
