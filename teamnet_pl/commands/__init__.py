@@ -1,7 +1,7 @@
 """The command line's own subcommands.
 
-Each is a function whose arguments are the options. It is imported only when it is run: `teamnet
---help` needs none of them, and `teamnet blocks` no server.
+Each is a function whose arguments are the options. Its module, and the libraries that it needs, are
+imported only when it runs.
 """
 
 from __future__ import annotations

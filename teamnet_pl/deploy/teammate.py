@@ -1,4 +1,4 @@
-"""A Teammate on its own, with everything that using it takes; it goes to the Hugging Face Hub."""
+"""A Teammate on its own, with its preprocessing and classes; saved as files or on the Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

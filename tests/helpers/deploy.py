@@ -32,7 +32,7 @@ def resnet(layers: list[int]) -> tv.ResNet:
 
 
 def convnext(layers: list[int]) -> nn.Module:
-    return timm.models.ConvNeXt(depths=layers, dims=(8, 12, 16, 20), num_classes=5)
+    return timm.models.ConvNeXt(depths=tuple(layers), dims=(8, 12, 16, 20), num_classes=5)
 
 
 def vit(layers: int) -> nn.Module:
