@@ -209,8 +209,8 @@ class _RunningCall:
     """A call that has begun and not ended yet.
 
     Attributes:
-        call: What is recorded of it.
-        versions: Those of the tensors in its arguments as it began.
+        call: Its record.
+        versions: Those of the tensors in its arguments when it began.
         scales_numbers: Whether its arguments include a number that grows with the batch.
     """
 
