@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from teamnet_pl.elastic.plan import pass_through
 from teamnet_pl.errors import TeamNetError
 
 _Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -27,9 +28,9 @@ class Call:
         has_batch_axis: For each leaf of the arguments, whether it is a tensor whose first axis
             grows with the batch.
         shapes: Shape of each tensor in the arguments.
-        passthrough: What would replace the output if the module were skipped: 0 for its first
-            argument, k for a tuple of its first k arguments, None if the output is like neither.
-        residual: Whether a copy of it without weights outputs just that.
+        passthrough: The arguments that have the form of the output, as in `Block.passthrough`;
+            None if there are none.
+        residual: Whether a copy of the module without weights returns just these arguments.
     """
 
     name: str
@@ -37,11 +38,6 @@ class Call:
     shapes: tuple[torch.Size, ...] = ()
     passthrough: int | None = None
     residual: bool = False
-
-
-def pass_through(passthrough: int, args: tuple[Any, ...]) -> Any:
-    """Returns what replaces the output of a skipped call, see `Call.passthrough`."""
-    return args[:passthrough] if passthrough else args[0]
 
 
 @contextmanager
