@@ -17,7 +17,7 @@ DepthPolicy = Literal["round_robin", "last_stage_first", "first_stage_first", "e
 """The order in which blocks are dropped, see `drop_order`."""
 
 DepthSpec: TypeAlias = int | list[int] | list[list[int]]
-"""The number of depths, or of the blocks that each keeps, or of those that each keeps per stage."""
+"""The number of depths, or a list of the blocks that each keeps, in total or per stage."""
 
 
 @dataclass(frozen=True)

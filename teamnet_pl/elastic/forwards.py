@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from teamnet_pl.elastic.discovery.probing import pass_through
-from teamnet_pl.elastic.plan import Expansion, Fork
+from teamnet_pl.elastic.plan import Expansion, Fork, pass_through
 from teamnet_pl.errors import TeamNetError
 
 

@@ -222,14 +222,14 @@ class ElasticNet(nn.Module):
             for depth, logits in zip(trial.depths, packed, strict=True):
                 with trial.at(depth):
                     alone = trial(images)
-                apart = float((logits - alone).abs().max())
-                if apart > torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max()):
-                    raise TeamNetError(f"at {depth} its outputs would be {apart:.2g} apart.")
+                difference = float((logits - alone).abs().max())
+                if difference > torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max()):
+                    raise TeamNetError(f"its outputs at {depth} would differ by {difference:.2g}.")
 
     def _install(self) -> None:
         """Puts the forwards in place, also where a module was replaced (by a SyncBatchNorm)."""
         for name, forward in self._forwards.items():
-            # At every use of the net, and `get_submodule` is much slower.
+            # `get_submodule` would be too slow, since this runs at every use of the net.
             module = self.backbone
             for key in name.split(".") if name else ():
                 module = cast(nn.Module, module._modules[key])
@@ -377,7 +377,7 @@ def _check_is_plain(backbone: nn.Module) -> None:
 
 
 def _share_parameters(copies: nn.ModuleList, layer: nn.Module) -> None:
-    """Gives copies of a layer the layer's own parameters."""
+    """Gives the parameters of a layer to copies of it."""
     for copied in copies:
         for module, original in zip(copied.modules(), layer.modules(), strict=True):
             # The dict itself: parameters stay shared whatever replaces them.

@@ -19,6 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from teamnet_pl.elastic.depths import Depth
 from teamnet_pl.errors import TeamNetError
@@ -31,13 +32,18 @@ class Block:
     Attributes:
         name: Its name in the backbone, such as ``layer3.1``.
         stage: Index of its stage: consecutive blocks of one parent and one feature-map shape.
-        passthrough: What replaces its output where it is skipped: 0 for its first argument, k for a
-            tuple of its first k arguments.
+        passthrough: The arguments that replace its output where it is skipped: 0 for the first one,
+            k for a tuple of the first k.
     """
 
     name: str
     stage: int
     passthrough: int = 0
+
+
+def pass_through(passthrough: int, args: tuple[Any, ...]) -> Any:
+    """Returns the arguments that replace the output of a skipped call, see `Block`."""
+    return args[:passthrough] if passthrough else args[0]
 
 
 @dataclass(frozen=True)

@@ -48,24 +48,24 @@ def test_options_reach_the_model(own_nets):
     assert create("torchvision/mobilenet_v3_small", dropout=0.125).classifier[2].p == 0.125
     assert create("timm/test_vit", img_size=16).patch_embed.img_size == (16, 16)
     assert create("own_nets.GroupNormNet", width=6)[0].out_channels == 6
-    assert create("cifar/resnet20", num_classes=3).fc.out_features == 3  # the user's word is last
+    assert create("cifar/resnet20", num_classes=3).fc.out_features == 3  # options take precedence
 
 
 @pytest.mark.parametrize("name", ["counts_classes", "takes_anything", "GroupNormNet"])
-def test_an_imported_net_gets_what_it_takes(own_nets, name):
+def test_an_imported_net_gets_the_arguments_that_it_takes(own_nets, name):
     net = create_backbone(BackboneConfig(f"own_nets.{name}"), num_classes=7, in_channels=3)
     assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_an_imported_net_never_keeps_another_number_of_classes():
-    """What this one hands on in **kwargs has no number of channels."""
+    """This one takes **kwargs, but passes them to a net without a number of channels."""
     with pytest.raises(ValueError, match="in_channels"):
         create_backbone(BackboneConfig("torchvision.models.resnet18"), 7, in_channels=3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_one_channel_sums_the_first_convolution_of_torchvision(name):
-    """Grey images give what the original net makes of them in each of three channels."""
+    """The outputs for gray images are those of the original net for three equal channels."""
     torch.manual_seed(0)
     original = torchvision.models.get_model(name, num_classes=7).eval()
     torch.manual_seed(0)
@@ -75,9 +75,9 @@ def test_one_channel_sums_the_first_convolution_of_torchvision(name):
     )
     assert first.in_channels == 1
     torch.testing.assert_close(first.weight, original_first.weight.sum(1, keepdim=True))
-    grey = torch.randn(2, 1, 32, 32)
+    gray = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(
-        net(grey), original(grey.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4
+        net(gray), original(gray.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4
     )
     assert first.weight.requires_grad
 
@@ -100,7 +100,7 @@ def test_one_channel_sums_the_first_convolution_of_torchvision(name):
         ("teamnet_pl.backbones.NoSuchNet", "NoSuchNet"),
     ],
 )
-def test_unknown_names_are_answered_with_what_was_meant(name, meant):
+def test_unknown_names_are_answered_with_similar_names(name, meant):
     with pytest.raises(ValueError, match=meant):
         create_backbone(BackboneConfig(name), num_classes=7, in_channels=3)
 
@@ -127,7 +127,7 @@ def test_values_that_a_model_does_not_take_are_refused():
 
 def test_resnet_for_small_images_keeps_their_resolution():
     net = create_backbone(BackboneConfig("cifar/resnet18"), num_classes=10, in_channels=3)
-    # What Kuang Liu's pytorch-cifar, after which it is known, prints of its ResNet18.
+    # The number that pytorch-cifar by Kuang Liu, the best-known source, prints for its ResNet18.
     assert sum(p.numel() for p in net.parameters()) == 11_173_962
     shapes = []
     for layer in (net.layer1, net.layer4):
@@ -156,7 +156,7 @@ def test_default_input_shape(name, shape):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """torchvision's weights as they would be downloaded, but made here; returns their urls."""
+    """Replaces downloads of torchvision's weights by weights made here; returns their URLs."""
     urls = []
 
     def get_state_dict(self, progress=True, check_hash=False):
@@ -181,10 +181,10 @@ def test_pretrained_weights_of_torchvision(hub, name, num_classes, channels):
     first = next(iter(expected))
     if channels == 1:
         expected[first] = expected[first].sum(1, keepdim=True)
-    found = net.state_dict()
+    state = net.state_dict()
     head = {"resnet18": "fc.", "squeezenet1_1": "classifier.1."}[name]
-    assert found.keys() == expected.keys()
-    for key, value in found.items():
+    assert state.keys() == expected.keys()
+    for key, value in state.items():
         if num_classes == 7 and key.startswith(head):
             assert len(value) == 7
         else:
@@ -201,7 +201,7 @@ def test_unknown_weights_of_torchvision():
 
 
 def test_weights_of_timm_in_a_local_file(tmp_path):
-    """By timm's own option, which also fits the number of classes and channels."""
+    """By an option of timm, which also adapts the number of classes and channels."""
     source = timm.create_model("test_resnet")
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 1000}

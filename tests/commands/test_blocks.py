@@ -15,19 +15,21 @@ def blocks(capsys):
 
 
 def test_json(blocks):
-    found = json.loads(blocks("--backbone", "torchvision/resnet50", "--json", "--depths", "[12,7]"))
+    record = json.loads(
+        blocks("--backbone", "torchvision/resnet50", "--json", "--depths", "[12,7]")
+    )
     layers = {1: 3, 2: 4, 3: 6, 4: 3}
     names = [f"layer{layer}.{i}" for layer, size in layers.items() for i in range(1, size)]
-    assert found["blocks"] == names
-    assert found["stages"] == [2, 3, 5, 2]
-    assert found["input_shape"] == [3, 224, 224]
-    for rows in found["depths"].values():
+    assert record["blocks"] == names
+    assert record["stages"] == [2, 3, 5, 2]
+    assert record["input_shape"] == [3, 224, 224]
+    for rows in record["depths"].values():
         whole, shallow = rows
-        # What torchvision's documentation says of ResNet-50.
+        # The numbers in torchvision's documentation of ResNet-50.
         assert (whole["macs"], whole["parameters"]) == (4_089_184_256, 25_557_032)
         assert whole["kept"] == names
         assert (shallow["name"], len(shallow["kept"])) == ("d7", 7)
-    last, first = (found["depths"][f"{side}_stage_first"][1] for side in ("last", "first"))
+    last, first = (record["depths"][f"{side}_stage_first"][1] for side in ("last", "first"))
     assert last["kept"] == names[:7]
     assert first["kept"] == names[5:]
     # A bottleneck of layer 3 has 1.1 million parameters.
@@ -46,10 +48,10 @@ def test_tables(blocks):
 
 def test_patterns_and_options_reach_the_net(blocks):
     words = ["--backbone", "cifar/resnet20", "--blocks+", "layer3.*", "--options", "{width: 8}"]
-    found = json.loads(blocks(*words, "--json", "--num_classes", "10"))
-    assert found["blocks"] == ["layer3.1", "layer3.2"]
-    assert [row["name"] for row in found["depths"]["round_robin"]] == ["d2", "d1", "d0"]
-    assert found["depths"]["round_robin"][0]["parameters"] == 68_786
+    record = json.loads(blocks(*words, "--json", "--num_classes", "10"))
+    assert record["blocks"] == ["layer3.1", "layer3.2"]
+    assert [row["name"] for row in record["depths"]["round_robin"]] == ["d2", "d1", "d0"]
+    assert record["depths"]["round_robin"][0]["parameters"] == 68_786
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_patterns_and_options_reach_the_net(blocks):
         ([], "backbone"),
     ],
 )
-def test_what_the_user_got_wrong_is_said(blocks, capsys, words, message):
+def test_wrong_arguments_are_explained(blocks, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         blocks(*words)
     assert stop.value.code == 2

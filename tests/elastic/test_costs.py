@@ -85,7 +85,7 @@ def test_depths_cost_what_they_cost_once_extracted(kind, per_depth_affine):
         assert costs[depth.name].parameters == sum(p.numel() for p in plain.parameters())
         with net.at(depth):
             assert cost(net, (3, 8, 12)).macs == costs[depth.name].macs
-    macs = [each.macs for each in costs.values()]
+    macs = [measured.macs for measured in costs.values()]
     assert macs == sorted(set(macs), reverse=True)
 
 
@@ -133,8 +133,8 @@ def test_table():
     assert columns["depth"] == ["d2", "d1", "d0", "d2", "d1"]
     assert columns["blocks per stage"] == ["2", "1", "0", "2", "1"]
     costs = [small_net_by_hand(blocks, 64, 64) for blocks in (2, 1, 0, 2, 1)]
-    assert columns["MACs"] == [f"{each.macs:,}" for each in costs]
-    assert columns["parameters"] == [f"{each.parameters:,}" for each in costs]
+    assert columns["MACs"] == [f"{expected.macs:,}" for expected in costs]
+    assert columns["parameters"] == [f"{expected.parameters:,}" for expected in costs]
     console = Console(width=80)
     with console.capture() as printed:
         console.print(table)

@@ -43,8 +43,8 @@ def timm_resnet(layers):
     )
 
 
-# How to build it, with how many layers; the blocks that a depth keeps, or their number where they
-# are spread evenly and so not the first ones; its layers.
+# A function that builds a net, and its layers; the blocks that a depth keeps per stage, or their
+# number if they are spread evenly; the layers of the net with these blocks.
 NETS = {
     "resnet": (basic_resnet, [2, 2, 2, 2], [2, 0, 1, 0], [2, 1, 2, 1]),
     "bottleneck": (resnet, [2, 3, 3, 2], [1, 1, 2, 0], [2, 2, 3, 1]),
@@ -64,7 +64,7 @@ NETS = {
 
 @pytest.mark.parametrize(
     ("build", "layers", "kept", "kept_layers"),
-    [pytest.param(*each, id=name) for name, each in NETS.items()],
+    [pytest.param(*case, id=name) for name, case in NETS.items()],
 )
 def test_extracted_is_the_net_that_one_would_build(build, layers, kept, kept_layers):
     torch.manual_seed(0)
@@ -137,8 +137,8 @@ def test_skipped_blocks_are_gone(net):
         kinds = {type(net.backbone.get_submodule(block.name)) for block in net.blocks}
         return sum(type(module) in kinds for module in plain.modules())
 
-    found = [blocks(net.extract(depth)) for depth in net.depths]
-    assert [found[0] - each for each in found] == [
+    left = [blocks(net.extract(depth)) for depth in net.depths]
+    assert [left[0] - count for count in left] == [
         net.depths[0].num_blocks - depth.num_blocks for depth in net.depths
     ]
 
@@ -191,7 +191,7 @@ def test_weights_per_depth(images):
 
 
 class Encoder(nn.Module):
-    """Its blocks are called with more than their input."""
+    """Its blocks are called with more arguments than their input."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ def test_blocks_that_are_called_with_keywords(images, kept):
 
 
 class Scaled(nn.Module):
-    """Its blocks go together with something else by their position."""
+    """Each of its blocks has a scale by its position."""
 
     def __init__(self, strict, **kwargs):
         super().__init__()
@@ -232,8 +232,10 @@ class Scaled(nn.Module):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize("strict", [True, False])  # it fails, or returns something else
-def test_blocks_that_go_by_their_position(images, strict):
+@pytest.mark.parametrize(
+    "strict", [True, False]
+)  # without blocks it fails, or returns other logits
+def test_blocks_that_depend_on_their_position(images, strict):
     backbone = Scaled(strict).double()
     net = ElasticNet(backbone, (3, 8, 8), depths=[3, 1, 0], policy="evenly_spread").eval()
     assert net.depths[1].kept == (False, True, False)
@@ -243,7 +245,7 @@ def test_blocks_that_go_by_their_position(images, strict):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_each_weight_is_copied_once(strict, monkeypatch):
-    """Also where taking the blocks out takes a second try."""
+    """Also where removing the blocks takes a second try."""
     net = ElasticNet(Scaled(strict), (3, 8, 8), depths=[3, 1], policy="evenly_spread")
     copied = []
     original = nn.Parameter.__deepcopy__
@@ -283,12 +285,12 @@ def test_extracting_leaves_the_elastic_net_alone(net, images):
 
 
 def test_net_that_has_diverged_can_be_extracted(net):
-    """To look at, say."""
+    """To examine it, for example."""
     net.backbone.head.bias.data.fill_(torch.nan)
     assert net.extract(net.depths[1]).head.bias.isnan().all()
 
 
-# Taking one block out
+# Removing one block
 
 
 def test_numbers_move_up():
@@ -314,7 +316,7 @@ def test_other_names_stay():
     net.add_module("block", nn.Linear(2, 2))
     net.add_module("head", nn.Linear(3, 3))
     drop_block(net, "block")
-    assert [(name, each.in_features) for name, each in net.named_children()] == [
+    assert [(name, child.in_features) for name, child in net.named_children()] == [
         ("stem", 1),
         ("head", 3),
     ]
@@ -324,7 +326,7 @@ def test_identity_where_the_parent_calls_its_blocks_by_name():
     net = nn.Module()
     net.first, net.second = nn.Linear(1, 1), nn.Linear(2, 2)
     drop_block(net, "second")
-    assert [type(each) for each in net.children()] == [nn.Linear, nn.Identity]
+    assert [type(child) for child in net.children()] == [nn.Linear, nn.Identity]
 
 
 @pytest.mark.parametrize("name", ["2", "nothing.0"])

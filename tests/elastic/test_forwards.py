@@ -1,4 +1,4 @@
-"""The packed forward, against one forward and one backward of a plain net for each depth."""
+"""The packed forward, compared with one forward and backward of a plain net for each depth."""
 
 import copy
 import functools
@@ -40,7 +40,7 @@ class Separate:
         self.order = [name for name, _ in backbone.named_modules()]
 
     def owner(self, depth, name):
-        """What tells a depth's own weights from those of other depths: the blocks before it."""
+        """Tells the weights of a depth from those of others by the blocks before them."""
         layer = name.rpartition(".")[0]
         if layer not in self.norms:
             return name, ()
@@ -68,15 +68,15 @@ class Separate:
 
 
 def gradients_of(net):
-    """By the parameter's name, that of the deepest stream first where there are several."""
-    found = {name: [parameter] for name, parameter in net.backbone.named_parameters()}
+    """The gradients by parameter name; where there are several, the deepest stream comes first."""
+    parameters = {name: [parameter] for name, parameter in net.backbone.named_parameters()}
     for layer, copies in net.norms.items():
-        for each in copies:
-            for name, parameter in each.named_parameters():
-                own = found[f"{layer.replace('-', '.')}.{name}"]
-                if parameter is not own[0]:
-                    own.append(parameter)
-    return {name: [parameter.grad for parameter in own] for name, own in found.items()}
+        for copied in copies:
+            for name, parameter in copied.named_parameters():
+                same_name = parameters[f"{layer.replace('-', '.')}.{name}"]
+                if parameter is not same_name[0]:
+                    same_name.append(parameter)
+    return {name: [p.grad for p in same_name] for name, same_name in parameters.items()}
 
 
 @dataclass
@@ -102,7 +102,7 @@ def cases(draw, kinds=("residual", "preactivation", "transformer"), norms=None):
     return Case(kind, stages, norm, draw(depth_specs(counts)), draw(st.sampled_from(POLICIES)))
 
 
-def hold_against_the_truth(
+def compare_with_plain_nets(
     case, training, batch, size, steps=3, per_depth_affine=False, grad_checkpointing=False
 ):
     backbone = make_backbone(case.kind, case.stages, case.norm)
@@ -136,10 +136,10 @@ def hold_against_the_truth(
         optimizer.step()
 
     for depth, plain in zip(net.depths, truth.nets, strict=True):
-        found = net.extract(depth)
-        # An extracted net's names move up, the order stays.
-        close(list(found.buffers()), list(plain.buffers()), f"statistics of {depth}")
-        close(list(found.parameters()), list(plain.parameters()), f"weights of {depth}")
+        extracted = net.extract(depth)
+        # The names in an extracted net move up, the order stays.
+        close(list(extracted.buffers()), list(plain.buffers()), f"statistics of {depth}")
+        close(list(extracted.parameters()), list(plain.parameters()), f"weights of {depth}")
         with net.eval().at(depth), torch.no_grad():
             close(net(images), plain.eval()(images), f"{depth} in eval mode")
     return net, pristine
@@ -151,7 +151,7 @@ sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
 @given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
 @settings(max_examples=60, deadline=None)
 def test_packed_is_one_forward_for_each_depth(case, training, batch, size):
-    net, pristine = hold_against_the_truth(case, training, batch, size)
+    net, pristine = compare_with_plain_nets(case, training, batch, size)
     assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
     changed = [
         not torch.equal(*pair)
@@ -163,18 +163,18 @@ def test_packed_is_one_forward_for_each_depth(case, training, batch, size):
 @given(case=cases(kinds=["residual", "preactivation"], norms=["batch"]), training=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_packed_with_affine_weights_per_depth(case, training):
-    net, pristine = hold_against_the_truth(
+    net, pristine = compare_with_plain_nets(
         case, training, batch=3, size=(9, 11), per_depth_affine=True
     )
-    own = sum(len(copies) for copies in net.norms.values())
-    assert len(list(net.parameters())) == len(list(pristine.parameters())) + 2 * own
+    num_copies = sum(len(copies) for copies in net.norms.values())
+    assert len(list(net.parameters())) == len(list(pristine.parameters())) + 2 * num_copies
 
 
 @given(case=cases(), per_depth_affine=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_gradient_checkpointing_changes_no_result(case, per_depth_affine):
     per_depth_affine &= case.norm == "batch"
-    hold_against_the_truth(
+    compare_with_plain_nets(
         case,
         training=True,
         batch=3,
@@ -185,11 +185,11 @@ def test_gradient_checkpointing_changes_no_result(case, per_depth_affine):
 
 
 def kept_for_backward(net, step):
-    """Bytes that autograd keeps beside the weights, and what the step returns."""
+    """The bytes that autograd keeps beside the weights, and the result of the step."""
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # the tensor: or its place is used again
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # keeps the memory from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
     kept, runs, gradients = {}, {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        # Stochastic depth: what runs again draws again, and must draw the same.
+        # With stochastic depth, a block that runs again must make the same random draws.
         options = {"num_classes": 5, "img_size": 8, "patch_size": 2, "drop_path_rate": 0.5}
         backbone = timm.create_model("test_vit", **options)
         net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=checkpointing)
@@ -219,14 +219,14 @@ def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
         before = len(calls)
         logits.square().sum().backward()  # out of all scopes
         runs[checkpointing] = len(calls) / before
-        trained = [own for own in net.parameters() if own.grad is not None]
+        trained = [parameter for parameter in net.parameters() if parameter.grad is not None]
         gradients[checkpointing] = [parameter.grad for parameter in trained]
     assert runs == {False: 1, True: 2}
     assert kept[True] < 0.25 * kept[False]
     assert all(map(torch.equal, *gradients.values()))
 
 
-def test_what_is_no_block_but_of_its_class_runs_again_too():
+def test_modules_of_a_blocks_class_run_again_too():
     """The first blocks of a ResNet's stages change the shape: none can be skipped."""
     backbone = timm.create_model("resnet18", num_classes=5)
     net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=True)
@@ -238,7 +238,7 @@ def test_what_is_no_block_but_of_its_class_runs_again_too():
     assert calls == [1, 2, 3, 4, 4, 3, 2, 1]
 
 
-def test_nothing_is_kept_to_run_again_where_nothing_is_trained():
+def test_nothing_runs_again_in_evaluation():
     backbone = timm.create_model("resnet18", num_classes=5)
     net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=True).eval()
     calls = []
@@ -255,19 +255,20 @@ def test_one_depth_is_a_plain_net(case, training, data):
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy).train(training)
     depth = data.draw(st.sampled_from(net.depths), label="depth")
     plain = plain_at(pristine, net, depth)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=RATE) for each in (net, plain)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=RATE) for model in (net, plain)]
     for _ in range(2):
         images = torch.randn(3, 3, 9, 12, dtype=torch.float64)
         with net.at(depth):
             logits = net(images)
         expected = plain(images)
         close(logits, expected, "logits")
-        for each in (logits, expected):
-            each.square().mean().backward()
+        for outputs in (logits, expected):
+            outputs.square().mean().backward()
         run = {id(p) for p in net.extract(depth).parameters()}
         assert run.isdisjoint(id(p) for p in net.parameters())
-        found = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
-        close(found, {name: p.grad for name, p in plain.named_parameters()}, "gradients")
+        named = backbone.named_parameters()
+        trained = {name: p.grad for name, p in named if p.grad is not None}
+        close(trained, {name: p.grad for name, p in plain.named_parameters()}, "gradients")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -311,12 +312,12 @@ REAL = {
     "timm_convnext": lambda: timm.create_model("test_convnext", num_classes=5),
     # A class token and a distillation token.
     "timm_deit": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **SMALL_VIT),
-    # Class tokens come late.
+    # Class tokens are added late.
     "timm_cait": lambda: timm.create_model("cait_xxs24_224", **SMALL_VIT),
-    # Relative positions, rotary ones.
+    # Relative and rotary positions.
     "timm_beit": lambda: timm.create_model("beit_base_patch16_224", **SMALL_VIT),
     "timm_eva": lambda: timm.create_model("eva02_tiny_patch14_224", **SMALL_VIT | {"img_size": 28}),
-    # Shifted windows, of which those of every other block.
+    # Windows that every other block shifts.
     "timm_swin": lambda: timm.create_model(
         "swinv2_tiny_window8_256",
         img_size=32,
@@ -348,8 +349,8 @@ def test_real_nets(make, training):
     expected, summed = truth.step(images, gradients)
     close(logits, torch.stack(expected), "logits")
     named = backbone.named_parameters()
-    found = {(name, ()): p.grad for name, p in named if p.grad is not None}
-    torch.testing.assert_close(found, summed, rtol=1e-8, atol=1e-8)
+    trained = {(name, ()): p.grad for name, p in named if p.grad is not None}
+    torch.testing.assert_close(trained, summed, rtol=1e-8, atol=1e-8)
     for depth, plain in zip(net.depths, truth.nets, strict=True):
         close(list(net.extract(depth).buffers()), list(plain.buffers()), f"statistics of {depth}")
 
@@ -359,7 +360,7 @@ def test_real_nets(make, training):
     "name", ["torchvision_resnet", "torchvision_swin", "timm_convnext", "timm_mobilenet"]
 )
 def test_any_size_of_image(name, size):
-    """Found on another one."""
+    """The blocks were found with another size."""
     torch.manual_seed(0)
     net = ElasticNet(REAL[name]().double(), (3, 32, 32), depths=3).eval()
     images = torch.randn(2, 3, *size).double()
@@ -375,21 +376,21 @@ def test_blocks_with_tied_weights():
     net = ElasticNet(backbone, SHAPE, depths=4)
     images = torch.randn(2, 3, 8, 8).double()
     plain = [plain_at(pristine, net, depth) for depth in net.depths]
-    expected = torch.stack([each(images) for each in plain])
+    expected = torch.stack([plain_net(images) for plain_net in plain])
     packed = net.packed(images)
     close(packed, expected)
     packed.square().sum().backward()
     expected.square().sum().backward()
-    tied = [each.stages[0][0].conv.weight.grad for each in plain[:3]]
+    tied = [plain_net.stages[0][0].conv.weight.grad for plain_net in plain[:3]]
     close(first.conv.weight.grad, sum(tied))
     costs = depth_costs(net, SHAPE)
-    for depth, each in zip(net.depths, plain, strict=True):
-        assert costs[depth.name].parameters == sum(p.numel() for p in each.parameters())
-        close(net.eval().extract(depth)(images), each.eval()(images))
+    for depth, plain_net in zip(net.depths, plain, strict=True):
+        assert costs[depth.name].parameters == sum(p.numel() for p in plain_net.parameters())
+        close(net.eval().extract(depth)(images), plain_net.eval()(images))
 
 
 def test_norm_with_parameters_of_its_own_activation():
-    """As in timm, whose norms carry the activation along."""
+    """As in timm, whose norms include the activation."""
     backbone = make_backbone(stages=[(3, False)])
     for name in ("stages.0.1.norm", "last_norm"):
         norm = timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU, act_kwargs={"init": 0.3})
@@ -413,7 +414,7 @@ def test_batch_norm_without_running_statistics(training):
 
 
 class Concatenates(nn.Module):
-    """As CSPNet: one half of the channels goes through the blocks, the other passes by."""
+    """As in CSPNet: the features before the blocks are joined with those behind them."""
 
     def __init__(self, stage):
         super().__init__()
@@ -426,7 +427,7 @@ class Concatenates(nn.Module):
 
 
 class Exchanges(nn.Module):
-    """As HRNet: two branches with blocks of their own that change places."""
+    """As in HRNet: two branches with blocks of their own that exchange their features."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -469,7 +470,7 @@ class RemembersBatchSize(Chain):
 
 
 class AddsStem(Chain):
-    """Blocks, and what was before all of them."""
+    """Adds the features before all blocks to those behind them."""
 
     def forward(self, x):
         x = self.stem(x)
@@ -497,7 +498,7 @@ def branched(kind):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["chain", "remembers", "concatenates", "exchanges", "adds_stem"])
 def test_branches_around_blocks(kind, policy, training):
-    """All of them have the same streams, or the outputs could not be joined."""
+    """All branches have the same streams, otherwise their outputs could not be joined."""
     torch.manual_seed(0)
     backbone = branched(kind).train(training)
     pristine = copy.deepcopy(backbone)
@@ -534,11 +535,11 @@ def test_branches_around_blocks(kind, policy, training):
 def test_streams_fork_no_earlier_than_they_must(kind, rows):
     backbone = branched(kind)
     net = ElasticNet(backbone, SHAPE, depths=[5, 4, 2, 0], policy="last_stage_first")
-    found = []
+    num_rows = []
     for stage in backbone.stages:
-        stage.register_forward_hook(lambda module, args, output: found.append(len(args[0])))
+        stage.register_forward_hook(lambda module, args, output: num_rows.append(len(args[0])))
     net.packed(torch.randn(1, 3, 8, 8).double())
-    assert found == rows
+    assert num_rows == rows
 
 
 class Impossible(Chain):
@@ -556,12 +557,12 @@ def test_backbone_that_cannot_run_its_depths_together():
     assert not any("forward" in vars(module) for module in backbone.modules())
 
 
-# What runs
+# Work that is shared
 
 
 @given(case=cases(kinds=["residual", "transformer"]))
 @settings(max_examples=20, deadline=None)
-def test_what_depths_have_in_common_runs_once(case):
+def test_blocks_that_depths_have_in_common_run_once(case):
     backbone = make_backbone(case.kind, case.stages, case.norm)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy)
     rows, images = {}, torch.randn(2, 3, 8, 8).double()
@@ -600,46 +601,48 @@ def float_net(request):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast(float_net, training):
-    net, plain = (each.train(training) for each in float_net)
+    net, plain = (model.train(training) for model in float_net)
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         logits = net.packed(images)
-        expected = torch.stack([each(images) for each in plain])
+        expected = torch.stack([plain_net(images) for plain_net in plain])
     assert logits.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(logits, expected, rtol=0.03, atol=0.03)
     logits.float().square().mean().backward()
     expected.float().square().mean().backward()
-    found, summed = (torch.cat([g.flatten() for g in each]) for each in gradients(net, plain))
-    assert (found - summed).norm() < 0.05 * summed.norm()
+    packed, summed = (torch.cat([g.flatten() for g in of]) for of in gradients(net, plain))
+    assert (packed - summed).norm() < 0.05 * summed.norm()
 
 
 def gradients(net, plain):
-    """Of the net, and of the plain nets together."""
-    by_name = [dict(each.named_parameters()) for each in plain]
+    """Those of the net, and the sums of those of the plain nets."""
+    by_name = [dict(plain_net.named_parameters()) for plain_net in plain]
     names = [name for name, _ in net.backbone.named_parameters()]
-    summed = [sum(each[name].grad for each in by_name if name in each) for name in names]
+    summed = [sum(named[name].grad for named in by_name if name in named) for name in names]
     return [parameter.grad for parameter in net.backbone.parameters()], summed
 
 
 def compiles(net, plain, backend):
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([each(images) for each in plain])
+    expected = torch.stack([plain_net(images) for plain_net in plain])
     expected.square().mean().backward()
     packed = torch.compile(net.packed, fullgraph=True, backend=backend)
     logits = packed(images)
     logits.square().mean().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*gradients(net, plain), rtol=1e-3, atol=1e-4)
-    for depth, each in zip(net.depths, plain, strict=True):
-        found = list(net.extract(depth).buffers())
-        torch.testing.assert_close(found, list(each.buffers()), rtol=1e-4, atol=1e-4)
+    for depth, plain_net in zip(net.depths, plain, strict=True):
+        buffers = list(net.extract(depth).buffers())
+        torch.testing.assert_close(buffers, list(plain_net.buffers()), rtol=1e-4, atol=1e-4)
 
     net.eval()
     single = torch.compile(net, fullgraph=True, backend=backend)
-    for depth, each in zip(net.depths, plain.eval(), strict=True):
+    for depth, plain_net in zip(net.depths, plain.eval(), strict=True):
         with net.at(depth):
-            torch.testing.assert_close(single(images), each(images), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(packed(images), torch.stack([each(images) for each in plain]))
+            torch.testing.assert_close(single(images), plain_net(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        packed(images), torch.stack([plain_net(images) for plain_net in plain])
+    )
     torch.testing.assert_close(net(images), plain[0](images))  # no scope is left open
 
 

@@ -31,7 +31,7 @@ def images():
 
 
 def outputs(net, images):
-    """Those of the depths, one after the other, and those of all of them together."""
+    """The outputs of the depths one after the other, then those of the packed forward."""
     single = []
     for depth in net.depths:
         with net.at(depth), torch.no_grad():
@@ -86,7 +86,7 @@ def test_depth_of_another_net(make):
     net, other = (make(depths=[3, 1], policy=f"{which}_stage_first") for which in ("first", "last"))
     assert net.depth(other.depths[0]) == other.depths[0]  # both keep all blocks
     with pytest.raises(ValueError, match="d1 is none of them"):
-        net.at(other.depths[1]).__enter__()  # as many, but other ones
+        net.at(other.depths[1]).__enter__()  # the same number of blocks, but different ones
 
 
 def test_the_deepest_runs_outside_of_a_scope(make, images):
@@ -126,7 +126,7 @@ def test_scope_ends_with_an_exception(make, images):
             raise KeyError
         same(net(images), second)
         with pytest.raises(RuntimeError):
-            net.packed(images[:, :1])  # a channel is not enough
+            net.packed(images[:, :1])  # one channel is not enough
         same(net(images), second)
     same(net(images), full)
 
@@ -160,7 +160,7 @@ def test_scopes_of_two_nets_interleave(make, images):
     same([a(images), b(images)], [of_a[0], of_b[0]])
 
 
-# The backbone stays as it is
+# The backbone is left unchanged
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -178,14 +178,14 @@ def test_names_and_classes_stay(norm):
     plain.load_state_dict(backbone.state_dict(), strict=True)
 
 
-def test_backbone_with_a_forward_of_its_own():
-    """As timm's FasterNet has."""
+def test_backbone_with_a_forward_on_an_instance():
+    """As in FasterNet of timm."""
 
-    def own(x):
+    def instance_forward(x):
         return 2 * Residual.forward(block, x)
 
     block = Residual()
-    block.forward = own
+    block.forward = instance_forward
     backbone = BlockNet(blocks=[Residual(), block])
     net = ElasticNet(backbone, SHAPE, depths=[2, 0], blocks=["blocks.*"])
     images = torch.randn(2, 3, 8, 8)
@@ -195,7 +195,7 @@ def test_backbone_with_a_forward_of_its_own():
     torch.testing.assert_close(net.packed(images)[0], expected)
     torch.testing.assert_close(net(images), expected)
     torch.testing.assert_close(net.extract(2)(images), expected)
-    assert net.extract(2).blocks[1].forward is own
+    assert net.extract(2).blocks[1].forward is instance_forward
 
 
 def test_backbone_that_is_elastic_already():
@@ -265,17 +265,17 @@ def test_a_copy_gives_the_same_outputs_and_shares_nothing(
     assert other.depths == net.depths
 
     assert storages(net).isdisjoint(storages(other))
-    ours, theirs = ({id(module) for module in each.modules()} for each in (net, other))
+    ours, theirs = ({id(module) for module in model.modules()} for model in (net, other))
     assert ours.isdisjoint(theirs)
     forwards = [(m, vars(m)["forward"]) for m in other.modules() if "forward" in vars(m)]
     assert len(forwards) >= len(other.blocks)
     for module, forward in forwards:
         assert forward.module is module
-        referred = [each for each in vars(forward).values() if isinstance(each, nn.Module)]
-        assert all(id(each) in theirs for each in referred)
+        referred = [value for value in vars(forward).values() if isinstance(value, nn.Module)]
+        assert all(id(module) in theirs for module in referred)
         assert forward.selection is other._selection is not net._selection
 
-    # A scope, a step of the one does not show in the other.
+    # A scope or a step of one net does not affect the other.
     with other.at(other.depths[1]):
         same(net(images), expected[0])
     train(other)
@@ -294,8 +294,8 @@ def test_a_copy_trains_like_the_original(make, images, clone, per_depth_affine):
     net = make(per_depth_affine=per_depth_affine)
     other = clone(net)
     assert len(list(other.parameters())) == len(list(net.parameters()))
-    for each in (net, other):
-        train(each, steps=3)
+    for model in (net, other):
+        train(model, steps=3)
     same(outputs(other.eval(), images), outputs(net.eval(), images))
 
 
@@ -309,7 +309,7 @@ def test_state_dict(make, images, assign, kind, per_depth_affine):
     assert state.keys() == other.state_dict().keys()
     other.load_state_dict(state, strict=True, assign=assign)
     same(outputs(other, images), outputs(net, images))
-    # What was shared still is.
+    # Shared tensors are still shared.
     assert len(list(other.parameters())) == parameters
     train(net)
     train(other)
@@ -324,19 +324,19 @@ def test_conversion_to_another_type(make, images):
     same([output.double() for output in actual], expected, rtol=1e-3, atol=1e-3)
 
 
-# Synchronised batch norm, for which the layers are replaced
+# Synchronized batch norm, for which the layers are replaced
 
 
-def synchronised(net):
+def synchronized(net):
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_synchronised_batch_norm(make, images, per_depth_affine):
+def test_synchronized_batch_norm(make, images, per_depth_affine):
     net = make(per_depth_affine=per_depth_affine)
     plain = copy.deepcopy(net)
     expected = outputs(net, images)
-    assert synchronised(net) is net
+    assert synchronized(net) is net
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     with torch.no_grad():
         same([*net.packed(images)], expected[4:])
@@ -349,10 +349,10 @@ def test_synchronised_batch_norm(make, images, per_depth_affine):
 
 
 @pytest.mark.parametrize("use", ["forward", "at", "extract", "copy"])
-def test_synchronised_batch_norm_of_which_something_else_is_used_first(make, images, use):
+def test_synchronized_batch_norm_in_each_first_use(make, images, use):
     net = make()
     expected = outputs(net, images)
-    synchronised(net)
+    synchronized(net)
     with torch.no_grad():
         if use == "forward":
             same(net(images), expected[0])
@@ -366,10 +366,10 @@ def test_synchronised_batch_norm_of_which_something_else_is_used_first(make, ima
     same(outputs(net, images), expected)
 
 
-def test_backbone_with_synchronised_batch_norm(images):
+def test_backbone_with_synchronized_batch_norm(images):
     nets = [
         ElasticNet(backbone, SHAPE, depths=4)
-        for backbone in (make_backbone(), synchronised(make_backbone()))
+        for backbone in (make_backbone(), synchronized(make_backbone()))
     ]
     for net in nets:
         train(net)

@@ -25,11 +25,11 @@ def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
         order += [(after, True), (after, False)]
     order.append(("", False))
     norms = [name for name, begins in order if begins and "norm" in name]
-    found = Trace(tuple(blocks), tuple(norms), tuple(order), {})
-    assert num_fork_levels(found) == 2
-    early = plan_streams(depths, found, level=1)
+    trace = Trace(tuple(blocks), tuple(norms), tuple(order), {})
+    assert num_fork_levels(trace) == 2
+    early = plan_streams(depths, trace, level=1)
     assert early.expansions == {"": Expansion(1, (0,) * len(depths))}
-    plan = plan_streams(depths, found)
+    plan = plan_streams(depths, trace)
     assert plan.expansions == {}
     for begun in range(total + 1):
         prefixes = [depth.kept[:begun] for depth in depths]

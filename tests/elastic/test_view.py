@@ -28,19 +28,19 @@ def images():
 def test_a_view_is_the_extracted_net(net, images):
     for depth in net.depths:
         expected = net.extract(depth).eval()(images)
-        with net.at(3):  # what the net itself is at does not matter
+        with net.at(3):  # the depth of the net itself does not matter
             view = net.view(depth.name)
             torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(view(images), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_no_weight_is_copied(net):
-    own = dict(net.state_dict(keep_vars=True))
+    state = dict(net.state_dict(keep_vars=True))
     for depth in net.depths:
         view = net.view(depth)
-        found = view.state_dict(keep_vars=True)
-        assert found.keys() == own.keys()
-        assert all(found[name] is own[name] for name in own)
+        viewed = view.state_dict(keep_vars=True)
+        assert viewed.keys() == state.keys()
+        assert all(viewed[name] is state[name] for name in state)
         assert not {id(module) for module in view.modules()} & {id(m) for m in net.modules()}
 
 
@@ -53,7 +53,7 @@ def test_a_change_of_the_weights_reaches_every_view(net, images):
 
 
 def test_views_run_side_by_side(net, images):
-    """Threads that each stay at a depth of their own, while the net's own depth changes."""
+    """Each thread stays at its own depth, while the depth of the net itself changes."""
     expected = [net.extract(depth).eval()(images).detach() for depth in net.depths]
     views = [net.view(depth) for depth in net.depths]
 
@@ -63,8 +63,8 @@ def test_views_run_side_by_side(net, images):
             return [views[index](images) for _ in range(50)]
 
     with ThreadPoolExecutor(len(views)) as pool:
-        for found, truth in zip(pool.map(run, range(len(views))), expected, strict=True):
-            assert all(torch.allclose(one, truth, rtol=1e-10, atol=1e-10) for one in found)
+        for outputs, logits in zip(pool.map(run, range(len(views))), expected, strict=True):
+            assert all(torch.allclose(one, logits, rtol=1e-10, atol=1e-10) for one in outputs)
 
 
 def test_a_view_stays_at_its_depth(net, images):
@@ -76,13 +76,13 @@ def test_a_view_stays_at_its_depth(net, images):
 
 
 def test_a_replaced_module_is_viewed(net, images):
-    """As `convert_sync_batchnorm` and others replace modules."""
+    """Such as by `convert_sync_batchnorm`."""
     old = net.backbone.norm
     net.backbone.norm = type(old)(old.num_features).double().eval()
     with torch.no_grad():
-        found = net.view(0)(images)
+        logits = net.view(0)(images)
         with net.at(0):
-            torch.testing.assert_close(found, net(images))
+            torch.testing.assert_close(logits, net(images))
 
 
 def test_unknown_depth(net):

@@ -1,1 +1,1 @@
-"""What can be skipped in a backbone, found by running a copy of it."""
+"""Discovery of the skippable blocks of a backbone, by running a copy of it."""

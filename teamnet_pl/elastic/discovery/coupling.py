@@ -15,7 +15,7 @@ from teamnet_pl.errors import TeamNetError
 
 
 def perturb_zero_weights(net: nn.Module) -> None:
-    """Overwrites weights near zero, which hide what comes before them, with random numbers."""
+    """Overwrites weights near zero, which hide the layers before them, with random numbers."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():

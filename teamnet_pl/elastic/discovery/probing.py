@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from teamnet_pl.elastic.plan import pass_through
 from teamnet_pl.errors import TeamNetError
 
 _Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -27,9 +28,9 @@ class Call:
         has_batch_axis: For each leaf of the arguments, whether it is a tensor whose first axis
             grows with the batch.
         shapes: Shape of each tensor in the arguments.
-        passthrough: What would replace the output if the module were skipped: 0 for its first
-            argument, k for a tuple of its first k arguments, None if the output is like neither.
-        residual: Whether a copy of it without weights outputs just that.
+        passthrough: The arguments that have the form of the output, as in `Block.passthrough`;
+            None if there are none.
+        residual: Whether a copy of the module without weights returns just these arguments.
     """
 
     name: str
@@ -37,11 +38,6 @@ class Call:
     shapes: tuple[torch.Size, ...] = ()
     passthrough: int | None = None
     residual: bool = False
-
-
-def pass_through(passthrough: int, args: tuple[Any, ...]) -> Any:
-    """Returns what replaces the output of a skipped call, see `Call.passthrough`."""
-    return args[:passthrough] if passthrough else args[0]
 
 
 @contextmanager
@@ -209,8 +205,8 @@ class _RunningCall:
     """A call that has begun and not ended yet.
 
     Attributes:
-        call: What is recorded of it.
-        versions: Those of the tensors in its arguments as it began.
+        call: Its record.
+        versions: Those of the tensors in its arguments when it began.
         scales_numbers: Whether its arguments include a number that grows with the batch.
     """
 

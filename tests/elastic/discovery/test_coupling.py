@@ -1,4 +1,4 @@
-"""Layers that couple the samples of a batch run for each depth alone, or are refused."""
+"""Layers that couple the samples of a batch run once per stream, or are refused."""
 
 import copy
 
@@ -19,7 +19,7 @@ class CenterOnBatch(nn.Module):
 
 
 class CenterInTraining(nn.Module):
-    """With a running statistic, but no batch norm by its class."""
+    """Has a running statistic, but is not of a batch norm's class."""
 
     def __init__(self):
         super().__init__()
@@ -33,14 +33,14 @@ class CenterInTraining(nn.Module):
 
 
 class GhostNorm(nn.BatchNorm2d):
-    """Normalizes halves of the batch alone."""
+    """Normalizes each half of the batch separately."""
 
     def forward(self, x):
         return torch.cat([super(GhostNorm, self).forward(half) for half in x.chunk(2)])
 
 
 class AroundNorm(nn.Module):
-    """Couples by itself and by a batch norm inside of it."""
+    """Couples samples itself, and by a batch norm inside it."""
 
     def __init__(self):
         super().__init__()
@@ -72,24 +72,24 @@ def test_layer_that_couples_runs_for_each_depth_alone(make, training):
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=[3, 2, 0]).train(training)
     plain = [plain_at(pristine, net, depth) for depth in net.depths]
-    for _ in range(2):  # statistics are kept from one to the next
+    for _ in range(2):  # statistics carry over from one pass to the next
         images = torch.randn(4, *SHAPE).double()
-        packed, expected = net.packed(images), [each(images) for each in plain]
+        packed, expected = net.packed(images), [plain_net(images) for plain_net in plain]
         torch.testing.assert_close(packed, torch.stack(expected), rtol=1e-10, atol=1e-10)
     packed.square().sum().backward()  # EvoNorm's own backward is in float32
     torch.stack(expected).square().sum().backward()
-    gradient = sum(each.stem.weight.grad for each in plain)
+    gradient = sum(plain_net.stem.weight.grad for plain_net in plain)
     torch.testing.assert_close(backbone.stem.weight.grad, gradient, rtol=1e-5, atol=1e-5)
-    for depth, each in zip(net.depths, plain, strict=True):
-        found = net.extract(depth)
-        torch.testing.assert_close(list(found.buffers()), list(each.buffers()))
-        torch.testing.assert_close(found.eval()(images), each.eval()(images))
+    for depth, plain_net in zip(net.depths, plain, strict=True):
+        extracted = net.extract(depth)
+        torch.testing.assert_close(list(extracted.buffers()), list(plain_net.buffers()))
+        torch.testing.assert_close(extracted.eval()(images), plain_net.eval()(images))
 
 
 def test_coupling_layers_are_found_where_they_are():
     blocks = [Residual(CenterOnBatch()), Residual(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))]
-    found = trace_backbone(BlockNet(AroundNorm(), blocks), SHAPE)
-    assert sorted(found.coupling) == [
+    trace = trace_backbone(BlockNet(AroundNorm(), blocks), SHAPE)
+    assert sorted(trace.coupling) == [
         "between",
         "blocks.0.conv.1",
         "blocks.1.conv.1",
@@ -97,8 +97,8 @@ def test_coupling_layers_are_found_where_they_are():
     ]
 
 
-def test_where_it_does_not_show_yet():
-    """As where the last layer of a residual branch starts at zero."""
+def test_coupling_that_zero_weights_hide():
+    """Such as where the last layer of a residual branch is zero-initialized."""
     last = nn.Conv2d(4, 4, 1)
     nn.init.zeros_(last.weight)
     blocks = [Residual(), Residual(CenterOnBatch(), last)]
@@ -119,7 +119,7 @@ def test_layers_that_do_not_couple(layer):
     assert trace_backbone(BlockNet(layer, [Residual(layer), Residual()]), SHAPE).coupling == ()
 
 
-def test_layer_that_couples_whatever_the_sign_of_the_image():
+def test_layer_that_is_insensitive_to_the_sign_of_an_image():
     normed = Lambda(lambda images: images / images.norm())
     assert trace_backbone(nn.Sequential(normed, BlockNet()), SHAPE).coupling == ("0",)
 
@@ -147,7 +147,7 @@ class CenteredResidual(Residual):
 
 
 @pytest.mark.parametrize(
-    ("net", "who"),
+    ("net", "name"),
     [
         (lambda: BlockNet(after=lambda logits: logits / logits.norm()), "The backbone"),
         (lambda: nn.Sequential(BlockNet(after=lambda x: x - x.mean(0))), "0"),
@@ -155,8 +155,8 @@ class CenteredResidual(Residual):
         (lambda: BlockNet(CallsWithTwo()), r"between\.layer"),
     ],
 )
-def test_samples_that_are_coupled_around_blocks_or_with_something_else(net, who):
-    with pytest.raises(ValueError, match=rf"^{who} \(\w+\) couples the samples of a batch"):
+def test_samples_that_are_coupled_around_blocks_or_by_other_layers(net, name):
+    with pytest.raises(ValueError, match=rf"^{name} \(\w+\) couples the samples of a batch"):
         trace_backbone(net(), SHAPE)
 
 
@@ -183,7 +183,7 @@ def test_batch_axis_that_is_not_the_first(width):
 
 
 class Folded(BlockNet):
-    """Quarters of the images in the batch axis, those of one image together, or not."""
+    """Folds quarters of the images into the batch axis; those of one image lie together, or not."""
 
     def __init__(self, together):
         super().__init__()

@@ -36,7 +36,7 @@ NETS = {
         "BasicBlock",
         [2, 1, 1, 1],
     ),
-    # Of its own accord zero-initialised, with more layers behind the zeros.
+    # Zero-initialized by default, with more layers behind the zeros.
     "timm_seresnet18": (
         lambda: timm.create_model("seresnet18"),
         "BasicBlock",
@@ -69,15 +69,15 @@ LARGE_NETS = {
 )
 def test_known_nets(make, kind, stages):
     net = make()
-    found = trace_backbone(net, SHAPE)
-    # Never a stage, never a layer inside of a block.
-    kinds = [type(net.get_submodule(block.name)).__name__ for block in found.blocks]
+    trace = trace_backbone(net, SHAPE)
+    # Neither a stage nor a layer inside a block.
+    kinds = [type(net.get_submodule(block.name)).__name__ for block in trace.blocks]
     assert set(kinds) == {kind}
-    if hasattr(net.get_submodule(found.blocks[0].name), "use_res_connect"):
-        assert [block.name for block in found.blocks] == [
+    if hasattr(net.get_submodule(trace.blocks[0].name), "use_res_connect"):
+        assert [block.name for block in trace.blocks] == [
             name for name, module in net.named_modules() if getattr(module, "use_res_connect", 0)
         ]
-    assert found.stages == stages
+    assert trace.stages == stages
 
 
 @pytest.mark.parametrize("kind", ["residual", "preactivation", "transformer"])
@@ -87,8 +87,8 @@ def test_tiny_nets(kind, stages):
 
 
 def test_blocks_have_names_and_stages():
-    found = trace_backbone(tv.resnet18(), SHAPE)
-    assert [(block.name, block.stage) for block in found.blocks] == [
+    trace = trace_backbone(tv.resnet18(), SHAPE)
+    assert [(block.name, block.stage) for block in trace.blocks] == [
         ("layer1.0", 0),
         ("layer1.1", 0),
         ("layer2.1", 1),
@@ -114,7 +114,7 @@ def test_nets_without_residual_blocks(make):
         (["layer[12].1"], ["layer1.1", "layer2.1"]),
         (["layer1"], ["layer1"]),
         (["layer1.0.conv2"], ["layer1.0.conv2"]),
-        # layer2.0 downsamples; that does not turn the layers inside of it into blocks.
+        # layer2.0 downsamples; that does not turn the layers inside it into blocks.
         (["layer2.*"], ["layer2.1"]),
         (["layer1.*", "layer2.*"], ["layer1.0", "layer1.1", "layer2.1"]),
     ],
@@ -138,7 +138,7 @@ def test_pattern_need_not_be_of_a_residual_block():
 
 
 @pytest.mark.parametrize("pattern", ["layer9.*", "layer2.0", "relu"])
-def test_wrong_pattern_lists_what_there_is(pattern):
+def test_wrong_pattern_lists_the_blocks(pattern):
     with pytest.raises(
         ValueError, match=r"matches '.*'\. There are: .*layer1\.0, .*layer2\.1"
     ) as e:
@@ -166,7 +166,7 @@ class Parts(nn.Module):
 
 
 class OwnWeights(Residual):
-    """A block that has a residual layer inside of it."""
+    """A block with residual layers inside it."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ class OwnWeights(Residual):
 
 
 class Stage(nn.Module):
-    """Numbered blocks, and something of its own."""
+    """Numbered blocks and a parameter beside them."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class Stage(nn.Module):
 
 
 class InSomething(nn.Module):
-    """A residual layer within a module that is not residual."""
+    """A residual layer inside a module that is not residual."""
 
     def __init__(self):
         super().__init__()
@@ -210,16 +210,16 @@ class InSomething(nn.Module):
         ([lambda: nn.Sequential(Parts())], ["0.0"]),
         ([Stage, Stage], [f"{s}.blocks.{i}" for s in (0, 1) for i in (0, 1)]),
         ([InSomething, Parts], ["1"]),
-        ([InSomething, InSomething], ["0.part", "1.part"]),  # there is nothing better
+        ([InSomething, InSomething], ["0.part", "1.part"]),  # there are no better ones
     ],
 )
 def test_nested_blocks(blocks, names):
-    found = trace_backbone(BlockNet(blocks=[make() for make in blocks]), (3, 8, 8))
-    assert [block.name for block in found.blocks] == [f"blocks.{name}" for name in names]
+    trace = trace_backbone(BlockNet(blocks=[make() for make in blocks]), (3, 8, 8))
+    assert [block.name for block in trace.blocks] == [f"blocks.{name}" for name in names]
 
 
 def test_rows_of_single_layers_are_left_out():
-    """As positional encodings."""
+    """Such as positional encodings."""
     stem = nn.Sequential(Residual(), Residual())
     for last in (Parts(), Residual()):
         net = BlockNet(stem, blocks=[Parts(), last])
@@ -228,6 +228,6 @@ def test_rows_of_single_layers_are_left_out():
 
 def test_blocks_with_a_container_each_are_one_stage():
     wrapped = [nn.Sequential(Residual(), nn.Conv2d(4, 4, 1)) for _ in range(3)]
-    found = trace_backbone(BlockNet(blocks=wrapped), (3, 8, 8))
-    assert [block.name for block in found.blocks] == [f"blocks.{i}.0" for i in range(3)]
-    assert found.stages == [3]
+    trace = trace_backbone(BlockNet(blocks=wrapped), (3, 8, 8))
+    assert [block.name for block in trace.blocks] == [f"blocks.{i}.0" for i in range(3)]
+    assert trace.stages == [3]

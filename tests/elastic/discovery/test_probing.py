@@ -1,4 +1,4 @@
-"""Calls of modules, and what they tell of a backbone."""
+"""Calls of modules, and the blocks that follow from them."""
 
 import copy
 from functools import partial
@@ -55,7 +55,7 @@ class DiffersInTraining(BlockNet):
         (lambda logits: logits.view(7, 7), r"fails on images of shape \(3, 8, 8\) in training"),
     ],
 )
-def test_backbone_that_is_another_in_training(in_training, message):
+def test_backbone_that_behaves_differently_in_training(in_training, message):
     net = DiffersInTraining()
     net.in_training = in_training
     with pytest.raises(ValueError, match=message):
@@ -77,7 +77,7 @@ def test_blocks_that_differ_in_training():
 
 
 class Calls(BlockNet):
-    """Calls its blocks in some way."""
+    """Calls its blocks by a given function."""
 
     def __init__(self, call, *blocks):
         super().__init__(blocks=blocks)
@@ -91,7 +91,7 @@ class Calls(BlockNet):
 
 
 class AddsTo(Residual):
-    """Adds a part of itself, which is made of something else, too."""
+    """Adds a term that also depends on its other arguments."""
 
     def forward(self, x, first=0, scale=1.0, negative=False):
         return x + (-scale if negative else scale) * self.conv(x + first)
@@ -124,8 +124,8 @@ def test_calls(call, block, passthrough):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         backbone = Calls(call, block(), block(), block()).double()
-    found = trace_backbone(backbone, SHAPE)
-    assert [(b.name, b.passthrough) for b in found.blocks] == [
+    trace = trace_backbone(backbone, SHAPE)
+    assert [(b.name, b.passthrough) for b in trace.blocks] == [
         (f"blocks.{i}", passthrough) for i in range(3)
     ]
     pristine = copy.deepcopy(backbone)
@@ -172,7 +172,7 @@ def test_block_that_is_called_in_a_way_that_cannot_be_skipped(call, block):
         trace_backbone(Calls(call, block(), block()), SHAPE, ["blocks.*"])
 
 
-def test_block_that_is_called_with_more_than_before():
+def test_block_that_is_called_with_more_values_than_before():
     backbone = Calls(lambda block, x, first: block(x, first), AddsTo(), AddsTo())
     net = ElasticNet(backbone, SHAPE, depths=2)
     backbone.call = lambda block, x, first: block(x, first, 0.5)
@@ -202,11 +202,11 @@ def test_backbone_that_runs_more_for_more_images():
         trace_backbone(RunsByBatchSize(blocks=[Residual() for _ in range(4)]), SHAPE)
 
 
-# What is residual
+# Residual blocks
 
 
 class Merged(nn.Module):
-    """As RepVGG in training: the shortcut has a norm."""
+    """As in RepVGG in training: the shortcut has a norm."""
 
     def __init__(self):
         super().__init__()
@@ -219,7 +219,7 @@ class Merged(nn.Module):
 
 
 class ScaledShortcut(Residual):
-    """As CAFormer."""
+    """As in CAFormer."""
 
     def __init__(self):
         super().__init__()
@@ -322,7 +322,7 @@ def test_activation_with_parameters_is_not_a_block(stem, zeros):
     ]
 
 
-# The backbone stays as it is
+# The backbone is left unchanged
 
 
 @pytest.mark.parametrize("training", [True, False])
