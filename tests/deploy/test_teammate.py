@@ -11,7 +11,7 @@ from teamnet_pl import Team, TeammateConfig
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.elastic import depth_costs
-from tests.helpers.deploy import train
+from tests.helpers.nets import train
 from tests.helpers.teams import make_team, make_trainer
 
 pytestmark = [
@@ -29,7 +29,8 @@ IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 def teammate():
     accuracy = {"d7": 0.875, "d2": 0.5}
     net = Teammate(10, (1, 8, 8), TINY, PREPROCESSING, CLASSES, accuracy, "test")
-    train(net)
+    train(net, batch_size=4)
+    net.eval()
     return net
 
 
@@ -71,7 +72,8 @@ def test_folder(teammate, tmp_path):
 def test_weights_per_depth(tmp_path):
     config = TeammateConfig(options={"width": 4}, depths=3, per_depth_affine=True)
     net = Teammate(10, (1, 8, 8), config)
-    train(net)
+    train(net, batch_size=4)
+    net.eval()
     net.save_pretrained(tmp_path)
     assert_same(Teammate.from_pretrained(tmp_path), net)
 
@@ -158,7 +160,7 @@ def test_flipped_bytes_are_noticed(teammate, tmp_path):
     [
         ("net", [1], "does not hold a Teammate"),
         ("net", {"name": 3}, "name must be a text"),
-        ("net", {"name": "cifar/resnet20", "depths": "many"}, "net does not hold what it should"),
+        ("net", {"name": "cifar/resnet20", "depths": "many"}, "the values of net do not fit"),
         ("net", {"name": "cifar/resnet20", "options": {"width": "x"}}, "cannot be made with"),
         ("num_classes", "ten", "num_classes must be 2 or more"),
         ("input_shape", [1, 8], "input_shape must be"),

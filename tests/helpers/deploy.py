@@ -15,35 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision.models as tv
 from PIL import Image
 from torch import Tensor, nn
 
 from teamnet_pl import ElasticNet
-from teamnet_pl.backbones import CifarResNet
-
-# Small nets
-
-
-def resnet(layers: list[int]) -> tv.ResNet:
-    return tv.ResNet(tv.resnet.Bottleneck, layers, num_classes=5, groups=4, width_per_group=2)
-
-
-def convnext(layers: list[int]) -> nn.Module:
-    return timm.models.ConvNeXt(depths=tuple(layers), dims=(8, 12, 16, 20), num_classes=5)
-
-
-def vit(layers: int) -> nn.Module:
-    return timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=16, depth=layers, num_heads=2, num_classes=5
-    )
-
-
-def cifar(width: int, layers: int = 20) -> CifarResNet:
-    return CifarResNet(layers, num_classes=5, in_channels=3, width=width)
-
+from tests.helpers.nets import train
 
 # Elastic nets
 
@@ -54,19 +31,8 @@ SHAPE = (3, 32, 32)
 def make_elastic(backbone: nn.Module, depths: Any, **kwargs: Any) -> ElasticNet:
     """A net whose depths all differ, also in the statistics of their batch norms."""
     net = ElasticNet(backbone, SHAPE, depths=depths, **kwargs)
-    train(net)
-    return net
-
-
-def train(net: ElasticNet) -> None:
-    """Takes two steps, after which every depth has statistics of its own."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
-    for seed in range(2):
-        images = torch.randn(4, *net.input_shape, generator=torch.Generator().manual_seed(seed))
-        optimizer.zero_grad()
-        net.train().packed(images).square().mean().backward()
-        optimizer.step()
-    net.eval()
+    train(net, batch_size=4)
+    return net.eval()
 
 
 def make_images(count: int = 3, seed: int = 0) -> Tensor:

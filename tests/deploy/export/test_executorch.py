@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.deploy import cifar, logits_at, make_elastic, make_images
+from tests.helpers.deploy import logits_at, make_elastic, make_images
+from tests.helpers.nets import cifar
 
 pytest.importorskip("executorch")
 

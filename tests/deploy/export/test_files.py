@@ -12,7 +12,8 @@ from teamnet_pl.data import Digits
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate, export_files, onnx_accuracy
 from teamnet_pl.elastic import depth_costs
-from tests.helpers.deploy import logits_at, run_onnx, train
+from tests.helpers.deploy import logits_at, run_onnx
+from tests.helpers.nets import train
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -25,7 +26,8 @@ CLASSES = [f"digit {digit}" for digit in range(10)]
 def teammate():
     config = TeammateConfig(options={"width": 4}, depths=[[3, 2, 2], [2, 1, 1]])
     net = Teammate(10, (1, 8, 8), config, PREPROCESSING, CLASSES, {"d7": 0.75}, "val")
-    train(net)
+    train(net, batch_size=4)
+    net.eval()
     return net
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from teamnet_pl.deploy import onnx_accuracy, save_onnx, save_onnx_int8
-from tests.helpers.deploy import cifar, convnext, logits_at, make_elastic, make_images, run_onnx
+from tests.helpers.deploy import logits_at, make_elastic, make_images, run_onnx
+from tests.helpers.nets import cifar, convnext
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -6,16 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from teamnet_pl.deploy import save_onnx, save_onnx_all_depths
-from tests.helpers.deploy import (
-    cifar,
-    convnext,
-    logits_at,
-    make_elastic,
-    make_images,
-    onnx_session,
-    run_onnx,
-    vit,
-)
+from tests.helpers.deploy import logits_at, make_elastic, make_images, onnx_session, run_onnx
+from tests.helpers.nets import cifar, convnext, vit
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -4,7 +4,8 @@ from safetensors.torch import load_file, load_model
 
 from teamnet_pl import ElasticNet
 from teamnet_pl.deploy import save_weights
-from tests.helpers.deploy import cifar, convnext, logits_at, make_elastic, make_images, resnet, vit
+from tests.helpers.deploy import logits_at, make_elastic, make_images
+from tests.helpers.nets import cifar, convnext, resnet, vit
 
 # A builder and its layers; the blocks that a depth keeps; the layers of that depth.
 NETS = {
