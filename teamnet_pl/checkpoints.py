@@ -30,7 +30,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file has another format, is damaged (by its checksums), holds more than
+        TeamNetError: If the file has another format, is damaged (by its checksums), holds more than
             tensors and plain values (nothing else is unpickled), or does not hold a dictionary.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
         source: Their file or net, for messages.
 
     Raises:
-        ValueError: If a weight is infinite or NaN; the message names the first such tensor.
+        TeamNetError: If a weight is infinite or NaN; the message names the first such tensor.
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
@@ -143,7 +143,7 @@ def limit_parameters(size: int, source: object) -> Iterator[None]:
         source: The file of the weights, for messages.
 
     Raises:
-        ValueError: As soon as the net exceeds the limit.
+        TeamNetError: As soon as the net exceeds the limit.
     """
     left, thread = 2 * size + 2**24, threading.get_ident()
 

@@ -79,7 +79,7 @@ def check_settings(source: object, settings: object) -> dict[str, Any]:
         The settings.
 
     Raises:
-        ValueError: If there are other settings, or a value is not a number, a flag or a keyword.
+        TeamNetError: If there are other settings, or a value is not a number, a flag or a keyword.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("trainer", {}), Mapping):
         raise TeamNetError(f"{source}: settings must be a mapping, found {settings!r}.")

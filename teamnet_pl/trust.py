@@ -34,7 +34,7 @@ def errors_naming(source: object) -> Iterator[None]:
         source: The file.
 
     Raises:
-        ValueError: In place of any other error, since bad arguments make constructors raise errors
+        TeamNetError: In place of any other error, since bad arguments make constructors raise errors
             of any class. The error of a missing module is kept, and so is an error that names the
             file already.
     """
@@ -77,7 +77,7 @@ class Trust:
             name: Name of the backbone.
 
         Raises:
-            ValueError: If the name is an import path that is not trusted, or not a text.
+            TeamNetError: If the name is an import path that is not trusted, or not a text.
         """
         if not isinstance(name, str):
             raise TeamNetError(f"{self.source}: {key} must be a text, found {name!r}.")
@@ -92,7 +92,7 @@ class Trust:
             value: An argument of a team or a data module.
 
         Raises:
-            ValueError: If a value is not plain, or is a mapping with a ``class_path`` or a text
+            TeamNetError: If a value is not plain, or is a mapping with a ``class_path`` or a text
                 that parses as a list or a mapping.
         """
         if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ class Trust:
             data: A mapping of ``class_path`` and ``init_args``.
 
         Raises:
-            ValueError: If ``data`` is not of that form, or names something that is not trusted.
+            TeamNetError: If ``data`` is not of that form, or names something that is not trusted.
         """
         if not isinstance(data, Mapping) or not data.keys() <= {"class_path", "init_args"}:
             raise TeamNetError(
@@ -158,7 +158,7 @@ class Trust:
             value: None, a transform as ``class_path`` and ``init_args``, or a list of them.
 
         Raises:
-            ValueError: If ``value`` is not of that form, or names something that is not trusted.
+            TeamNetError: If ``value`` is not of that form, or names something that is not trusted.
         """
         if isinstance(value, Mapping):
             for name, inner in value.items():

@@ -126,7 +126,7 @@ class LastCheckpoint(Checkpoint):
         last_model_path: The file; empty until it is saved.
 
     Raises:
-        ValueError: If a number is negative.
+        TeamNetError: If a number is negative.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class OptimizerConfig:
                 module itself.
 
         Raises:
-            ValueError: If the optimiser does not take the options or needs what is not here.
+            TeamNetError: If the optimiser does not take the options or needs what is not here.
         """
         info = get_optimizer_info(self.name.lower().rpartition("_")[2])
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence

@@ -255,7 +255,7 @@ def _row(record: Mapping[str, Any]) -> ReportRow:
     """Makes a row of the values in a file.
 
     Raises:
-        ValueError: If a value has the wrong type.
+        TeamNetError: If a value has the wrong type.
     """
     values: dict[str, Any] = {field.name: record.get(field.name) for field in fields(ReportRow)}
     for name, value in values.items():

@@ -28,7 +28,7 @@ def check_resumable(checkpoint: Mapping[str, Any], values: Mapping[str, Any]) ->
         values: The hyper-parameters of the team that goes on.
 
     Raises:
-        ValueError: If it cannot.
+        TeamNetError: If it cannot.
     """
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
         raise TeamNetError(
@@ -71,7 +71,7 @@ def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
         fresh: The optimiser with the options.
 
     Raises:
-        ValueError: If the two don't have the same groups of parameters.
+        TeamNetError: If the two don't have the same groups of parameters.
     """
     (state,) = checkpoint["optimizer_states"]
     saved = state["param_groups"]

@@ -67,7 +67,7 @@ class ImageDataModule(LightningDataModule, ABC):
         skipped: Record of the unreadable images that were skipped; None if they are errors.
 
     Raises:
-        ValueError: If an argument is out of its range, or, in ``setup``, the data do not fit the
+        TeamNetError: If an argument is out of its range, or, in ``setup``, the data do not fit the
             arguments or the attributes.
     """
 

@@ -46,7 +46,7 @@ class SmallPhotos(SmallImages):
 
         Raises:
             FileNotFoundError: If files are missing.
-            ValueError: If a file is damaged.
+            TeamNetError: If a file is damaged.
         """
         files = self.files()
         try:

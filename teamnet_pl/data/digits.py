@@ -33,7 +33,7 @@ class Digits(SplitDataModule):
         **kwargs: Arguments of `SplitDataModule`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        TeamNetError: If an argument is out of its range.
     """
 
     num_classes = 10

@@ -30,7 +30,7 @@ class DownloadedImages(SplitDataModule):
     Raises:
         FileNotFoundError: In ``prepare_data`` or ``setup``, if files are missing and may not or
             cannot be downloaded.
-        ValueError: If an argument is out of its range, or, in ``setup``, a file is damaged.
+        TeamNetError: If an argument is out of its range, or, in ``setup``, a file is damaged.
     """
 
     folders: Sequence[str] = ("",)
@@ -101,7 +101,7 @@ class SmallImages(DownloadedImages):
         stored_shape: (channels, height, width) of the images in the files.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        TeamNetError: If an argument is out of its range.
     """
 
     stored_shape: tuple[int, int, int]

@@ -65,7 +65,7 @@ class EncodedImageDataModule(ImageDataModule):
         min_area: Least share of the area of an image in the crops of the standard recipe.
 
     Raises:
-        ValueError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
             be read.
     """
 
@@ -138,7 +138,7 @@ class EncodedImageDataModule(ImageDataModule):
                 numbers.
 
         Raises:
-            ValueError: If the number of names is not that of the classes.
+            TeamNetError: If the number of names is not that of the classes.
         """
         if classes is not None and len(classes) != num_classes:
             raise TeamNetError(
@@ -167,7 +167,7 @@ class EncodedImageDataModule(ImageDataModule):
         """Sets ``mean`` and ``std`` unless they are to be measured.
 
         Raises:
-            ValueError: If they were given for another number of channels.
+            TeamNetError: If they were given for another number of channels.
         """
         channels = self.input_shape[0]
         if self.statistics == "data":
@@ -212,7 +212,7 @@ class EncodedSplitDataModule(EncodedImageDataModule, SplitDataModule):
         **kwargs: Arguments of `EncodedImageDataModule` and `SplitDataModule`.
 
     Raises:
-        ValueError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
             be read.
     """
 
@@ -223,7 +223,7 @@ class EncodedSplitDataModule(EncodedImageDataModule, SplitDataModule):
             images: The training images.
 
         Raises:
-            ValueError: If the images differ in size and no image size is set.
+            TeamNetError: If the images differ in size and no image size is set.
         """
         channels, sizes, largest = survey(images, self.on_error)
         self.detect_bits(largest)

@@ -55,7 +55,7 @@ def files_by_class(
 
     Raises:
         FileNotFoundError: If the folder is missing, or a class has no image.
-        ValueError: If there is a folder of another name.
+        TeamNetError: If there is a folder of another name.
     """
     if unknown := sorted(set(classes_in(folder)) - set(classes)):
         raise TeamNetError(
@@ -85,7 +85,7 @@ def check_count(folder: Path, images: list[str], expected: int) -> None:
         expected: The expected number of images.
 
     Raises:
-        ValueError: If there are more or fewer images.
+        TeamNetError: If there are more or fewer images.
     """
     if len(images) != expected:
         raise TeamNetError(
@@ -115,7 +115,7 @@ class ImageFolder(EncodedSplitDataModule):
 
     Raises:
         FileNotFoundError: If a folder is missing, or a class has no image.
-        ValueError: If images differ in size, an image cannot be read, or several folders may be
+        TeamNetError: If images differ in size, an image cannot be read, or several folders may be
             meant for validation.
     """
 
@@ -180,7 +180,7 @@ class ImageNet(EncodedSplitDataModule):
 
     Raises:
         FileNotFoundError: In ``prepare_data``, if both the folders and the archives are missing.
-        ValueError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, an image cannot
             be read or the number of images or classes is wrong.
     """
 
@@ -235,7 +235,7 @@ class Imagenette(DownloadedImages, EncodedSplitDataModule):
 
     Raises:
         FileNotFoundError: If files are missing; see `DownloadedImages`.
-        ValueError: If an argument is out of its range, an image cannot be read, or the number of
+        TeamNetError: If an argument is out of its range, an image cannot be read, or the number of
             images is wrong.
     """
 
@@ -287,7 +287,7 @@ class TinyImageNet(DownloadedImages, EncodedSplitDataModule):
 
     Raises:
         FileNotFoundError: If files are missing; see `DownloadedImages`.
-        ValueError: If an argument is out of its range, an image cannot be read, the number of
+        TeamNetError: If an argument is out of its range, an image cannot be read, the number of
             images is wrong, or there are annotations of other classes.
     """
 

@@ -73,7 +73,7 @@ class HuggingFace(EncodedSplitDataModule):
     Raises:
         ModuleNotFoundError: If the library is not installed.
         FileNotFoundError: If there is no such dataset.
-        ValueError: If there is no such split or column, images differ in size, or an image cannot
+        TeamNetError: If there is no such split or column, images differ in size, or an image cannot
             be read.
     """
 

@@ -164,7 +164,7 @@ def convert_image(image: Image.Image, channels: int, bits: int = 16) -> Image.Im
         An image of mode RGB or L.
 
     Raises:
-        ValueError: If the image has 32-bit values, or a value that takes more than ``bits``.
+        TeamNetError: If the image has 32-bit values, or a value that takes more than ``bits``.
     """
     _check_mode(image)
     image = ImageOps.exif_transpose(image)

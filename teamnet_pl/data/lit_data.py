@@ -238,7 +238,7 @@ class LitData(EncodedImageDataModule, MapStyleDataModule):
     Raises:
         ModuleNotFoundError: If litdata is not installed.
         FileNotFoundError: If a folder has no index.
-        ValueError: If an argument is out of its range, or, in ``setup`` or later, a sample, image
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, a sample, image
             or label cannot be read.
     """
 
@@ -309,7 +309,7 @@ def _location(address: str) -> str:
 
     Raises:
         FileNotFoundError: If the folder has no index.
-        ValueError: If the address is of another kind.
+        TeamNetError: If the address is of another kind.
     """
     if "://" in address:
         if not address.startswith(_STORES):

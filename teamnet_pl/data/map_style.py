@@ -40,7 +40,7 @@ class MapStyleDataModule(ImageDataModule):
         test_set: The test images, after ``setup`` for "test" or "predict".
 
     Raises:
-        ValueError: If an argument is out of its range, or, in ``setup``, the data do not fit the
+        TeamNetError: If an argument is out of its range, or, in ``setup``, the data do not fit the
             arguments or the attributes.
     """
 

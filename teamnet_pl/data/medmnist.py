@@ -30,7 +30,7 @@ class MedMNIST(DownloadedImages):
     Raises:
         ModuleNotFoundError: If the package is not installed.
         FileNotFoundError: If the file is missing; see `DownloadedImages`.
-        ValueError: If there is no such dataset, or it is in 3D or has several labels per image, or,
+        TeamNetError: If there is no such dataset, or it is in 3D or has several labels per image, or,
             in ``setup``, the file is damaged.
     """
 
@@ -76,7 +76,7 @@ class MedMNIST(DownloadedImages):
 
         Raises:
             FileNotFoundError: If the file is missing.
-            ValueError: If the file is damaged.
+            TeamNetError: If the file is damaged.
         """
         (path,) = self.files().values()
         if not check_integrity(path, self.info[f"MD5{self.suffix}"]):

@@ -64,7 +64,7 @@ class MNIST(SmallImages):
 
         Raises:
             FileNotFoundError: If files are missing.
-            ValueError: If a file is damaged.
+            TeamNetError: If a file is damaged.
         """
         files = self.files()
         images_file, labels_file = (

@@ -30,7 +30,7 @@ class PreprocessingConfig:
         bits: Number of bits that hold values in files with 16 bits.
 
     Raises:
-        ValueError: If a value is out of its range, or the number of means or standard deviations
+        TeamNetError: If a value is out of its range, or the number of means or standard deviations
             differs from that of the channels.
     """
 
@@ -67,7 +67,7 @@ class PreprocessingConfig:
             trust: Decides whether transforms other than torchvision's may be made.
 
         Raises:
-            ValueError: If the transforms are not known, or a transform is not trusted or cannot be
+            TeamNetError: If the transforms are not known, or a transform is not trusted or cannot be
                 made.
         """
         if self.transform is None:
@@ -107,7 +107,7 @@ def describe_transform(transform: object) -> dict[str, Any]:
         Its class as ``class_path`` and its arguments as ``init_args``.
 
     Raises:
-        ValueError: If an argument is missing among the attributes, or is not a plain value.
+        TeamNetError: If an argument is missing among the attributes, or is not a plain value.
 
     Example:
         >>> describe_transform(v2.CenterCrop(8))

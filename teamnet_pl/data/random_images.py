@@ -23,7 +23,7 @@ class RandomImages(SplitDataModule):
         **kwargs: Arguments of `SplitDataModule`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        TeamNetError: If an argument is out of its range.
     """
 
     def __init__(

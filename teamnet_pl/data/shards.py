@@ -230,7 +230,7 @@ class Shards(EncodedImageDataModule):
     Raises:
         ModuleNotFoundError: If webdataset is not installed.
         FileNotFoundError: In ``setup``, if a shard on a disk is missing.
-        ValueError: If an argument is out of its range, or, in ``setup`` or later, a shard, image or
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, a shard, image or
             class cannot be read, or there are too few shards.
     """
 
@@ -310,7 +310,7 @@ class Shards(EncodedImageDataModule):
         """Refuses prediction, whose results are listed by the index of the image.
 
         Raises:
-            ValueError: Always.
+            TeamNetError: Always.
         """
         raise TeamNetError(
             "Shards cannot be used for prediction, since their images have no index: unpack them "

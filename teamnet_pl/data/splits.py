@@ -46,7 +46,7 @@ class SplitDataModule(MapStyleDataModule):
         has_val: Whether the dataset has a validation split.
 
     Raises:
-        ValueError: If an argument is out of its range, or, in ``setup``, the data do not fit the
+        TeamNetError: If an argument is out of its range, or, in ``setup``, the data do not fit the
             arguments or the attributes.
     """
 
@@ -154,7 +154,7 @@ def check_fraction(name: str, fraction: float) -> None:
         fraction: The share.
 
     Raises:
-        ValueError: If the share is not strictly between 0 and 1.
+        TeamNetError: If the share is not strictly between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise TeamNetError(f"{name} must be strictly between 0 and 1, found {fraction}.")
@@ -175,7 +175,7 @@ def stratified_split(
         The indices of the samples in the first and in the second part.
 
     Raises:
-        ValueError: If a class has fewer than two samples, or a part would have fewer samples than
+        TeamNetError: If a class has fewer than two samples, or a part would have fewer samples than
             there are classes.
     """
     from sklearn.model_selection import train_test_split
