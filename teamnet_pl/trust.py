@@ -34,9 +34,9 @@ def errors_naming(source: object) -> Iterator[None]:
         source: The file.
 
     Raises:
-        TeamNetError: In place of any other error, since bad arguments make constructors raise errors
-            of any class. The error of a missing module is kept, and so is an error that names the
-            file already.
+        TeamNetError: In place of any other error, since bad arguments make constructors raise
+            errors of any class. The error of a missing module is kept, and so is an error that
+            names the file already.
     """
     try:
         yield

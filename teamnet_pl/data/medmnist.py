@@ -30,8 +30,8 @@ class MedMNIST(DownloadedImages):
     Raises:
         ModuleNotFoundError: If the package is not installed.
         FileNotFoundError: If the file is missing; see `DownloadedImages`.
-        TeamNetError: If there is no such dataset, or it is in 3D or has several labels per image, or,
-            in ``setup``, the file is damaged.
+        TeamNetError: If there is no such dataset, or it is in 3D or has several labels per image,
+            or, in ``setup``, the file is damaged.
     """
 
     has_val = True

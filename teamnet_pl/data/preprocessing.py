@@ -67,8 +67,8 @@ class PreprocessingConfig:
             trust: Decides whether transforms other than torchvision's may be made.
 
         Raises:
-            TeamNetError: If the transforms are not known, or a transform is not trusted or cannot be
-                made.
+            TeamNetError: If the transforms are not known, or a transform is not trusted or cannot
+                be made.
         """
         if self.transform is None:
             raise TeamNetError(

@@ -230,8 +230,8 @@ class Shards(EncodedImageDataModule):
     Raises:
         ModuleNotFoundError: If webdataset is not installed.
         FileNotFoundError: In ``setup``, if a shard on a disk is missing.
-        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, a shard, image or
-            class cannot be read, or there are too few shards.
+        TeamNetError: If an argument is out of its range, or, in ``setup`` or later, a shard, image
+            or class cannot be read, or there are too few shards.
     """
 
     def __init__(
