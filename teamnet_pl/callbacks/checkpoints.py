@@ -1,4 +1,4 @@
-"""Recovery points of a run: the best weights, and the state to go on from."""
+"""Recovery points of a run: the best weights, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights with the best score of a validation, in ``best.ckpt``.
 
-    They are saved right after the validation that gave the score, never at another moment, and
-    never for a score that is not finite. A file of another run in the same folder stays: the name
-    of the new one then ends in a version. A resumed run goes on with the score and a copy of the
-    file of the run before.
+    They are saved right after the validation that gave the score, at no other moment, and never for
+    a score that is not finite. A file of another run in the same folder is kept: the name of the
+    new one then ends in a version. A resumed run takes over the score and a copy of the file of the
+    previous run.
 
     Args:
         dirpath: Folder; by default ``checkpoints`` in the logger's folder.
         filename: Name of the file without its ending, which may have metrics in braces.
-        monitor: The metric that is the score.
+        monitor: Name of the metric that is the score.
         mode: Whether a higher or a lower score is better.
-        save_top_k: How many of the best are kept; -1 for all, 0 for none.
-        save_weights_only: Whether to leave out the state that only a resume needs.
+        save_top_k: Number of best checkpoints that are kept; -1 for all, 0 for none.
+        save_weights_only: Whether to leave out the state that only resuming needs.
         every_n_epochs: The epochs whose validations count.
-        verbose: Whether to say when a file is saved.
+        verbose: Whether to log when a file is saved.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether a score is among the best ones."""
+        """Returns whether a score is among the best ones."""
         if current is None or not torch.isfinite(current):
             return False
         return super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the score and the files of the run before, whatever its folder."""
+        """Takes over the score and the files of the previous run, whatever its folder."""
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies the files of the run before to the folder of this one."""
+        """Copies the files of the previous run to the folder of this one."""
         super().on_train_start(trainer, pl_module)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -86,8 +86,8 @@ class BestCheckpoint(ModelCheckpoint):
             copies = {path: self._copied(trainer, path) for path in self.best_k_models}
         except FileNotFoundError as error:
             rank_zero_warn(
-                f"The best checkpoint of the run before, {error.filename}, is not there: the best "
-                "of the epochs to come is kept instead."
+                f"The best checkpoint of the previous run, {error.filename}, is missing: the best of "
+                "the remaining epochs is kept instead."
             )
             self.best_k_models, self.best_model_path, self.best_model_score = {}, "", None
             return
@@ -110,12 +110,12 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the state to go on from, in ``last.ckpt``, whatever the score.
+    """Keeps the state to resume from, in ``last.ckpt``, whatever the score.
 
-    It is saved at the end of each epoch, every so often within an epoch if asked for, and when the
-    run gets SIGTERM or SIGINT (Ctrl-C): it ends with the step, and if a validation or the end of
-    the epoch is due, with that; then it saves and exits with the code 143 or 130. A second signal
-    ends it at once. All processes of a run stop at the same step.
+    It is saved at the end of each epoch, at intervals within an epoch if asked for, and when the
+    run receives SIGTERM or SIGINT (Ctrl-C). Such a run finishes its step, and a validation or the
+    end of the epoch if one is due; then it saves and exits with the code 143 or 130. A second
+    signal ends it at once. All processes of a run stop at the same step.
 
     Args:
         dirpath: Folder; by default that of the best checkpoint.
@@ -151,17 +151,17 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = 0.0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to listen to signals: the first hook after Lightning began to."""
+        """Takes over the signals, in the first hook after Lightning has done so."""
         self._listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count steps and time, and to listen to signals."""
+        """Starts to count steps and time, and takes over the signals."""
         self._seen_step, self._saved_at = trainer.global_step, time.monotonic()
         self._is_due = False
         self._listen()
 
     def _listen(self) -> None:
-        """Takes the signals from Lightning, whose handlers run a collective wherever they hit."""
+        """Replaces the handlers of Lightning, which run a collective wherever a signal arrives."""
         if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
             for number in _SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._note_signal)
@@ -174,20 +174,20 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Saves within an epoch, if it is time to."""
+        """Saves within an epoch if a save is due."""
         if trainer.global_step == self._seen_step:  # gradients are being accumulated
             return
         self._seen_step = trainer.global_step
         self._is_due |= self._is_time(trainer) or self._is_stopping(trainer)
         loop = trainer.fit_loop.epoch_loop
-        # Else a resumed run would leave out the validation or the end of the epoch.
+        # Otherwise a resumed run would leave out the validation or the end of the epoch.
         rest = loop.batch_progress.is_last_batch or loop._is_training_done
         rest |= loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if self._is_due and not rest:
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves after a validation within an epoch, if it was time to before."""
+        """Saves after a validation within an epoch if a save was due before it."""
         within_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch is False
         if self._is_due and within_epoch and not trainer.sanity_checking:
             self._save(trainer)
@@ -198,13 +198,13 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back."""
+        """Restores the handlers of the signals."""
         self._restore_handlers()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Gives the signals back."""
+        """Restores the handlers of the signals."""
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
@@ -218,7 +218,7 @@ class LastCheckpoint(Checkpoint):
         self._signal = number
 
     def _is_stopping(self, trainer: Trainer) -> bool:
-        """Whether any process got a signal; then all of them have noted it."""
+        """Whether any process received a signal, which all of them then note."""
         if trainer.world_size > 1:
             number = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
             number = trainer.strategy.reduce(number, reduce_op="max")
@@ -234,7 +234,7 @@ class LastCheckpoint(Checkpoint):
         return trainer.strategy.broadcast(passed)
 
     def _save(self, trainer: Trainer) -> None:
-        """Saves, and ends the run if it got a signal."""
+        """Saves, and ends the run if it received a signal."""
         self._is_due, self._saved_at = False, time.monotonic()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.dirpath) if self.dirpath else results_folder(trainer, resumed=False)
@@ -243,7 +243,7 @@ class LastCheckpoint(Checkpoint):
         if self._signal is not None:
             rank_zero_info(
                 f"{signal.Signals(self._signal).name}: stopped after step {trainer.global_step}. "
-                f"Go on by: teamnet fit --ckpt_path {self.last_model_path}"
+                f"Resume by: teamnet fit --ckpt_path {self.last_model_path}"
             )
             # Lightning kills the other processes as soon as one that it started fails.
             launched = trainer.strategy.launcher is not None and trainer.global_rank > 0

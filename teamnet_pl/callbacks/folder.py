@@ -1,4 +1,4 @@
-"""Where a run's results go."""
+"""The folder of a run's results."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lightning.pytorch import Trainer
 
 
 def results_folder(trainer: Trainer, resumed: bool = True) -> Path:
-    """The folder of the checkpoint in use, or of those that are being written.
+    """Returns the folder of the checkpoint in use, or of those that are being written.
 
     Args:
-        trainer: Runs, or has run.
-        resumed: Whether the checkpoint that a fit goes on from is one in use.
+        trainer: The trainer of the run.
+        resumed: Whether a checkpoint that a fit resumes from counts as in use.
     """
     if trainer.ckpt_path is not None and resumed:
         return Path(trainer.ckpt_path).parent

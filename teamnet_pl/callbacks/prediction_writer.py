@@ -15,12 +15,11 @@ from teamnet_pl.cooperation import Team
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `Team` predicts to ``predictions.csv`` beside the checkpoint.
+    """Writes the predictions of a `Team` to ``predictions.csv`` beside the checkpoint.
 
-    One line for each image: its index in the dataset, and the name of the class that each member
-    predicts; its label if the names of the classes are not known, nothing if the prediction is not
-    finite.
-    Each of several processes writes the images that it saw, to ``predictions-<rank>.csv``.
+    Each line holds the index of an image in the dataset, and for each member the name of the
+    predicted class: its number if the names are not known, nothing if the prediction is not finite.
+    With several processes, each writes the images that it saw to ``predictions-<rank>.csv``.
     """
 
     def __init__(self) -> None:
@@ -43,9 +42,8 @@ class PredictionWriter(BasePredictionWriter):
             writer.writerow(["index", *predictions[0]])
             # Both are lists of batches; indices have one more level, for several dataloaders.
             for batch, indices in zip(predictions, batch_indices[0], strict=True):
-                images = [
-                    index for index in indices if index is not None
-                ]  # a process may have none
+                # A process that has run out of images gets None in their place.
+                images = [index for index in indices if index is not None]
                 columns = [_named(probabilities, classes) for probabilities in batch.values()]
                 writer.writerows(zip(images, *columns, strict=True))
 

@@ -33,11 +33,11 @@ class OptimizerConfig:
     Attributes:
         name: See `timm.optim.list_optimizers`.
         lr: Learning rate at its peak.
-        weight_decay: Not applied to biases, the weights of norms, and what a backbone of timm
-            exempts, such as positional embeddings.
-        momentum: For those optimisers that have one.
-        options: Further arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``, or of timm's
-            groups of parameters, such as ``{layer_decay: 0.75}``, in each backbone alone.
+        weight_decay: Weight decay. It is not applied to biases, the weights of norms, and the
+            parameters that a backbone of timm exempts, such as positional embeddings.
+        momentum: Momentum, for those optimisers that have one.
+        options: More arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``, or of timm's
+            groups of parameters, such as ``{layer_decay: 0.75}``, for each backbone alone.
     """
 
     name: str = "sgd"
@@ -57,14 +57,14 @@ class OptimizerConfig:
         """Makes the optimiser of all parameters of a module that need a gradient.
 
         Args:
-            module: What to train.
-            backbones: Its parts to each of which the options apply as to a whole model of timm:
-                weights that a backbone exempts from decay (``no_weight_decay``), and layers that
-                learn the slower the nearer they are to its input (``layer_decay``). By default the
-                module itself.
+            module: The module to train.
+            backbones: Parts of the module to which the options apply one by one, as to a whole
+                model of timm: weights that a backbone exempts from decay (``no_weight_decay``), and
+                layers that learn slower the nearer they are to its input (``layer_decay``). By
+                default the module itself.
 
         Raises:
-            TeamNetError: If the optimiser does not take the options or needs what is not here.
+            TeamNetError: If the optimiser does not take the options or cannot run here.
         """
         info = get_optimizer_info(self.name.lower().rpartition("_")[2])
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
@@ -99,7 +99,7 @@ class OptimizerConfig:
         layer_decay_no_opt_scale: float | None = None,
         **fallback: Any,
     ) -> list[dict[str, Any]]:
-        """Groups of parameters as timm makes them of a whole model, those alike in one."""
+        """Makes timm's groups of parameters of each backbone, and merges those with equal settings."""
         groups: dict[str, dict[str, Any]] = {}  # by their settings
         group_of: dict[int, dict[str, Any]] = {}  # by parameter
 
@@ -145,7 +145,7 @@ _GROUPING = (
 
 
 def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[nn.Parameter]:
-    """Adds copies of weights for single depths to the groups of those; returns what is left."""
+    """Adds per-depth copies of weights to the groups of their originals; returns the others."""
     originals = {
         id(copied): id(original)
         for net in module.modules()
@@ -184,7 +184,7 @@ class ScheduleConfig:
             raise TeamNetError(f"warmup is a share of the training in [0, 1), found {self.warmup}.")
 
     def factor(self, step: int, steps: int) -> float:
-        """Learning rate at a step as a share of the peak.
+        """Returns the learning rate at a step as a share of the peak.
 
         Example:
             >>> [round(ScheduleConfig(warmup=0.5).factor(step, 8), 2) for step in range(9)]
@@ -200,13 +200,13 @@ class ScheduleConfig:
 class StepSchedule(LambdaLR):
     """A schedule over all steps of a training, whose number is not known before it starts.
 
-    To count the steps, Lightning sets up the loaders, and before it has restored a checkpoint that
-    would lose their position. `BatchSizeFinder` changes the number, too.
+    Lightning sets up the loaders to count the steps, which would lose their position if it happened
+    before a checkpoint is restored. `BatchSizeFinder` changes the number, too.
 
     Args:
-        optimizer: What to schedule.
+        optimizer: The optimiser to schedule.
         config: The learning rate, as a share of its peak.
-        peak: The learning rate at its peak, that the optimiser was made with.
+        peak: The learning rate at its peak, with which the optimiser was made.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, peak: float) -> None:
@@ -219,7 +219,7 @@ class StepSchedule(LambdaLR):
         return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rate of each group of parameters, those that a callback added later among them."""
+        """Returns the rate of each group of parameters, including those that a callback has added."""
         factor = self._factor(self.last_epoch)
         groups = self.optimizer.param_groups
         return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
@@ -235,7 +235,7 @@ class StepSchedule(LambdaLR):
         """Sets the number of steps, and the learning rate of the next one.
 
         Args:
-            steps: Of the whole training; infinite if it has no end.
+            steps: Number of steps of the whole training; infinite if it has no end.
         """
         self.steps = steps
         self._last_lr = self.get_lr()
@@ -243,11 +243,11 @@ class StepSchedule(LambdaLR):
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the schedule is: the rest is known."""
+        """Returns the progress of the schedule; everything else is known."""
         return {key: getattr(self, key) for key in _PROGRESS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's step."""
+        """Resumes from the step of a checkpoint."""
         self.__dict__.update({key: state_dict[key] for key in _PROGRESS})
 
 
@@ -255,10 +255,10 @@ _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 
 
 def training_steps(trainer: Trainer, epochs: int | None) -> float:
-    """Number of the optimiser's steps in a whole training.
+    """Counts the optimiser's steps in a whole training.
 
     Args:
-        trainer: Has set up its loaders.
+        trainer: The trainer, which has set up its loaders.
         epochs: Number of epochs, which callbacks may have changed in the trainer; -1 or None for
             no end.
 
@@ -282,13 +282,13 @@ def configure(
     schedule: ScheduleConfig,
     backbones: Sequence[nn.Module] | None = None,
 ) -> OptimizerLRScheduler:
-    """What a module's ``configure_optimizers`` returns: its optimiser, scheduled by the step.
+    """Makes the value of ``configure_optimizers``: an optimiser, scheduled by the step.
 
     Args:
-        module: Its ``on_train_start`` has to start the schedule.
+        module: The module to train, whose ``on_train_start`` has to start the schedule.
         optimizer: The optimiser of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
-        backbones: Its parts that are models of their own, see `OptimizerConfig.create`.
+        backbones: Parts of the module that are models themselves, see `OptimizerConfig.create`.
     """
     created = optimizer.create(module, backbones)
     scheduler = StepSchedule(created, schedule, optimizer.lr)

@@ -1,4 +1,4 @@
-"""What Lightning leaves out when it goes on with a training from a checkpoint."""
+"""Steps that Lightning leaves out when it resumes a training from a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CHANGEABLE = ("grad_checkpointing",)  # which changes no result
 
 
 def check_resumable(checkpoint: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses to go on with a checkpoint of another team, or of weights alone.
+    """Refuses to resume from a checkpoint of another team, or of weights alone.
 
     Args:
         checkpoint: The checkpoint.
-        values: The hyper-parameters of the team that goes on.
+        values: The hyper-parameters of the team that resumes.
 
     Raises:
         TeamNetError: If it cannot.
@@ -64,14 +64,14 @@ def _plain(value: Any) -> Any:
 
 
 def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
-    """Has the optimiser of a checkpoint go on with other options.
+    """Replaces the options of the optimiser in a checkpoint.
 
     Args:
-        checkpoint: Its optimiser's options are replaced.
-        fresh: The optimiser with the options.
+        checkpoint: The checkpoint; the options of its optimiser are replaced.
+        fresh: The optimiser with the new options.
 
     Raises:
-        TeamNetError: If the two don't have the same groups of parameters.
+        TeamNetError: If the two do not have the same groups of parameters.
     """
     (state,) = checkpoint["optimizer_states"]
     saved = state["param_groups"]
@@ -82,18 +82,18 @@ def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
             f"options of {sizes[1]}: resume with the weight_decay of the checkpoint."
         )
     for group, options in zip(saved, fresh.param_groups, strict=True):
-        # The learning rate of the next step is the schedule's, from this one.
+        # The schedule derives the learning rate of the next step from this one.
         group |= {key: value for key, value in options.items() if key not in ("params", "lr")}
         group["initial_lr"] = options["lr"]
 
 
 def drop_finders(trainer: Trainer) -> None:
-    """Takes the callbacks away that search before a training, which was done in its first part.
+    """Removes the callbacks that search before a training, as its first part has done so.
 
-    They would also make Lightning forget the checkpoint, of which only the weights were restored.
+    They would also make Lightning forget the checkpoint, with only the weights restored.
 
     Args:
-        trainer: What a checkpoint is restored into.
+        trainer: The trainer that a checkpoint is restored into.
     """
     finders = (BatchSizeFinder, LearningRateFinder)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -103,13 +103,13 @@ def drop_finders(trainer: Trainer) -> None:
 
 
 def resume_epoch(trainer: Trainer, module: LightningModule) -> None:
-    """Sets callbacks up that do so when an epoch starts, if the training goes on within one.
+    """Sets up callbacks that do so at the start of an epoch, if the training resumes within one.
 
-    Lightning calls no ``on_train_epoch_start`` then. Nothing that was restored is changed.
+    Lightning does not call ``on_train_epoch_start`` then. The restored state is not changed.
 
     Args:
-        trainer: What a checkpoint was restored into, at the start of its training.
-        module: What it trains.
+        trainer: The trainer that a checkpoint was restored into, at the start of its training.
+        module: The module that it trains.
     """
     loop = trainer.fit_loop
     if not (loop.restarted_mid_epoch or loop.restarted_on_epoch_end):
@@ -126,13 +126,13 @@ def resume_epoch(trainer: Trainer, module: LightningModule) -> None:
 
 
 def unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
-    """The row of the log that a checkpoint comes before, if it is saved when a batch has ended.
+    """Returns the row of the log that is still to be written when a checkpoint is saved.
 
     Lightning logs the metrics of a batch after the callbacks' ``on_train_batch_end``. A run that
-    goes on from there would leave them out.
+    resumes from a checkpoint saved there would leave them out.
 
     Args:
-        trainer: Saves a checkpoint.
+        trainer: The trainer that saves a checkpoint.
 
     Returns:
         The row, for `log_row`; None if the log is complete.
@@ -149,10 +149,10 @@ def unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def log_row(trainer: Trainer, row: object) -> None:
-    """Logs what `unlogged_row` gave, in the run that goes on.
+    """Logs the row of `unlogged_row` in the run that resumes.
 
     Args:
-        trainer: Goes on from a checkpoint.
+        trainer: The trainer that resumes from a checkpoint.
         row: The row; None for nothing to log.
     """
     if isinstance(row, Mapping) and isinstance(row.get("metrics"), Mapping):
