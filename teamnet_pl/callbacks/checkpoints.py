@@ -86,8 +86,8 @@ class BestCheckpoint(ModelCheckpoint):
             copies = {path: self._copied(trainer, path) for path in self.best_k_models}
         except FileNotFoundError as error:
             rank_zero_warn(
-                f"The best checkpoint of the previous run, {error.filename}, is missing: the best of "
-                "the remaining epochs is kept instead."
+                f"The best checkpoint of the previous run, {error.filename}, is missing: the best "
+                "of the remaining epochs is kept instead."
             )
             self.best_k_models, self.best_model_path, self.best_model_score = {}, "", None
             return

@@ -99,7 +99,7 @@ class OptimizerConfig:
         layer_decay_no_opt_scale: float | None = None,
         **fallback: Any,
     ) -> list[dict[str, Any]]:
-        """Makes timm's groups of parameters of each backbone, and merges those with equal settings."""
+        """Makes timm's groups of parameters of each backbone, those with equal settings merged."""
         groups: dict[str, dict[str, Any]] = {}  # by their settings
         group_of: dict[int, dict[str, Any]] = {}  # by parameter
 
@@ -219,7 +219,7 @@ class StepSchedule(LambdaLR):
         return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
 
     def get_lr(self) -> list[float | Tensor]:
-        """Returns the rate of each group of parameters, including those that a callback has added."""
+        """Returns the rate of each group of parameters, also of those that a callback added."""
         factor = self._factor(self.last_epoch)
         groups = self.optimizer.param_groups
         return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
