@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,19 +16,24 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from teamnet_pl.backbones import create_backbone
 from teamnet_pl.checkpoints import (
     check_finite,
     count_weights,
     limit_parameters,
     load_checkpoint,
 )
+from teamnet_pl.cooperation.building import (
+    check_distinct,
+    describe_member,
+    make_leader,
+    make_teammate,
+    name_teammates,
+)
 from teamnet_pl.cooperation.callback_check import check_callbacks
 from teamnet_pl.cooperation.configs import Leader, LeaderConfig, Teammate, TeammateConfig
 from teamnet_pl.cooperation.data_check import check_data
 from teamnet_pl.cooperation.losses import CooperativeLoss
 from teamnet_pl.cooperation.members import (
-    ENSEMBLE,
     LEADER,
     at_least_single,
     member_logits,
@@ -61,7 +65,6 @@ from teamnet_pl.cooperation.resuming import (
 )
 from teamnet_pl.cooperation.transfers import Cooperation, Transfer
 from teamnet_pl.elastic import ElasticNet
-from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, errors_naming
@@ -137,19 +140,19 @@ class Team(LightningModule):
         if num_classes < 2:
             raise TeamNetError(f"There must be at least 2 classes, found {num_classes}.")
         self._guard = NonFiniteGuard(on_non_finite)
-        members = _named_teammates(a, b, extra_teammates)
-        _check_distinct(leader, members)
+        teammates = name_teammates(a, b, extra_teammates)
+        check_distinct(leader, teammates)
         # Plain values alone, so that a checkpoint loads without running pickled code; it brings
         # all weights along, so what they started from is not needed again.
         self.save_hyperparameters(
             {
                 "num_classes": num_classes,
                 "input_shape": list(input_shape),
-                "leader": _described(leader),
-                "a": _described(a),
-                "b": _described(b),
+                "leader": describe_member(leader),
+                "a": describe_member(a),
+                "b": describe_member(b),
                 "extra_teammates": {
-                    name: _described(teammate) for name, teammate in extra_teammates.items()
+                    name: describe_member(member) for name, member in extra_teammates.items()
                 },
                 "cooperation": cooperation.describe(),
                 "optimizer": asdict(optimizer),
@@ -167,9 +170,12 @@ class Team(LightningModule):
         self._run_seed = torch.initial_seed()
         self._unlogged: object = None  # a row of the log that is due
 
-        self.leader, self.leader_frozen = self._make_leader(leader)
+        self.leader, self.leader_frozen = make_leader(leader, num_classes, input_shape)
         self.teammates = nn.ModuleDict(
-            {name: self._make_teammate(name, member) for name, member in members.items()}
+            {
+                name: make_teammate(name, teammate, num_classes, input_shape)
+                for name, teammate in teammates.items()
+            }
         )
         self.criterion = CooperativeLoss(
             {name: net.depths for name, net in self.elastic_nets.items()},
@@ -184,40 +190,6 @@ class Team(LightningModule):
                 for split in get_args(EvaluatedSplit)
             }
         )
-
-    def _make_leader(self, leader: Leader | None) -> tuple[nn.Module | None, bool]:
-        """The Leader's net, and whether it only teaches."""
-        if leader is None:
-            return None, False
-        if isinstance(leader, nn.Module):
-            self._check_logits(LEADER, leader)
-            frozen = not any(parameter.requires_grad for parameter in leader.parameters())
-            return leader.train(not frozen), frozen
-        net = create_backbone(leader, self.num_classes, self.input_shape[0])
-        net.requires_grad_(not leader.frozen)
-        return net.train(not leader.frozen), leader.frozen
-
-    def _make_teammate(self, name: str, member: Teammate) -> ElasticNet:
-        if not isinstance(member, nn.Module):
-            return ElasticNet(
-                create_backbone(member, self.num_classes, self.input_shape[0]),
-                self.input_shape,
-                **member.elastic_options(),
-            )
-        net = member if isinstance(member, ElasticNet) else ElasticNet(member, self.input_shape)
-        self._check_logits(name, net)
-        return net
-
-    def _check_logits(self, name: str, net: nn.Module) -> None:
-        """Refuses a module with another number of classes, before the first batch does."""
-        with evaluation(net):
-            logits = net(example_images(net, 2, self.input_shape))
-        if not isinstance(logits, Tensor) or logits.shape != (2, self.num_classes):
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TeamNetError(
-                f"The module {name} ({type(net).__name__}) must return logits of shape "
-                f"(N, {self.num_classes}); for N=2 it returned {shape}."
-            )
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -496,39 +468,3 @@ class Team(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes one optimiser for all members, its learning rate scheduled by the step."""
         return configure(self, self.optimizer_config, self.schedule_config, self.backbones())
-
-
-def _named_teammates(
-    a: Teammate, b: Teammate | None, extra: Mapping[str, Teammate]
-) -> dict[str, Teammate]:
-    """The Teammates by name, whose names also stand in files, metrics and options."""
-    taken = {"a", "b", LEADER, ENSEMBLE}
-    for name in extra:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or name in taken:
-            raise TeamNetError(
-                f"The extra Teammate {name!r} needs another name: a letter, then letters, digits "
-                f"and underscores, and none of {', '.join(sorted(taken))}."
-            )
-    return {"a": a} | ({} if b is None else {"b": b}) | dict(extra)
-
-
-def _check_distinct(leader: Leader | None, teammates: Mapping[str, Teammate]) -> None:
-    """Refuses weights that two members would share."""
-    owners: dict[nn.Parameter, str] = {}
-    for name, member in {LEADER: leader, **teammates}.items():
-        parameters = list(member.parameters()) if isinstance(member, nn.Module) else []
-        if owner := next((owners[each] for each in parameters if each in owners), None):
-            raise TeamNetError(
-                f"The modules {owner} and {name} share weights: pass a module of its own for each."
-            )
-        owners |= dict.fromkeys(parameters, name)
-
-
-def _described(member: Leader | Teammate | None) -> dict[str, Any] | None:
-    """A member as plain values."""
-    if member is None:
-        return None
-    if isinstance(member, nn.Module):
-        net = member.backbone if isinstance(member, ElasticNet) else member
-        return {"module": f"{type(net).__module__}.{type(net).__qualname__}"}
-    return asdict(member.without_weights())
