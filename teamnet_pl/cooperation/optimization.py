@@ -11,13 +11,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.optim import (  # type: ignore[attr-defined]
-    create_optimizer_v2,
-    get_optimizer_info,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,6 +40,10 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.name == "sgd" and not self.options:
+            return  # the default needs no check, for which timm would be imported
+        from timm.optim import list_optimizers  # type: ignore[attr-defined]
+
         known = list_optimizers()
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
@@ -66,6 +63,8 @@ class OptimizerConfig:
         Raises:
             TeamNetError: If the optimiser does not take the options or cannot run here.
         """
+        from timm.optim import create_optimizer_v2, get_optimizer_info  # type: ignore[attr-defined]
+
         info = get_optimizer_info(self.name.lower().rpartition("_")[2])
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
@@ -100,6 +99,11 @@ class OptimizerConfig:
         **fallback: Any,
     ) -> list[dict[str, Any]]:
         """Makes timm's groups of parameters of each backbone, those with equal settings merged."""
+        from timm.optim import (  # type: ignore[attr-defined]
+            param_groups_layer_decay,
+            param_groups_weight_decay,
+        )
+
         groups: dict[str, dict[str, Any]] = {}  # by their settings
         group_of: dict[int, dict[str, Any]] = {}  # by parameter
 
