@@ -23,20 +23,21 @@ class TransferKind(ABC):
         ... class MeanSquaredError(TransferKind):
         ...     scale: float = 1.0
         ...
-        ...     def __call__(self, student, teacher):
+        ...     def __call__(self, student, teacher, target):
         ...         return self.scale * F.mse_loss(student, teacher)
         >>> import torch
-        >>> MeanSquaredError(scale=0.5)(torch.zeros(4, 10), torch.ones(4, 10))
+        >>> MeanSquaredError(scale=0.5)(torch.zeros(4, 10), torch.ones(4, 10), torch.arange(4))
         tensor(0.5000)
     """
 
     @abstractmethod
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """Computes the loss of one batch.
 
         Args:
             student: Logits, shape ``(N, classes)``.
             teacher: Logits, shape ``(N, classes)``, without gradient.
+            target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, classes)``.
 
         Returns:
             The mean over the batch, a scalar.
@@ -72,7 +73,7 @@ class KLDivergence(TransferKind):
         if self.temperature <= 0:
             raise TeamNetError(f"A transfer's temperature must be > 0, found {self.temperature}.")
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """Computes the loss of one batch, see `TransferKind`."""
         return distillation_loss(student, teacher, self.temperature)
 
