@@ -92,5 +92,5 @@ def test_the_team_of_modules_is_one(parts):
 def test_the_kind_is_the_one_on_the_page(parts):
     names, _ = parts
     assert isinstance(names["cooperation"], Cooperation)
-    loss = names["cooperation"].peer.kind(torch.zeros(2, 3), torch.ones(2, 3))
+    loss = names["cooperation"].peer.kind(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2))
     assert loss.item() == 2.0

@@ -91,12 +91,10 @@ class CooperativeLoss(nn.Module):
             for member, values in logits.items()
             if not (member == "leader" and self.leader_frozen)
         }
-        transfers = {
-            str(transfer): transfer.kind(
-                logits[transfer.student], logits[transfer.teacher].detach()
-            )
-            for transfer in self.transfers
-        }
+        transfers = {}
+        for transfer in self.transfers:
+            student, teacher = logits[transfer.student], logits[transfer.teacher].detach()
+            transfers[str(transfer)] = transfer.kind(student, teacher, target)
         return LossTerms(labels, transfers)
 
     def ramp(self, progress: float) -> float:

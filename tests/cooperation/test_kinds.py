@@ -23,7 +23,7 @@ from teamnet_pl.cooperation import TransferKind
 class MeanSquaredError(TransferKind):
     scale: float = 1.0
 
-    def __call__(self, student, teacher):
+    def __call__(self, student, teacher, target):
         return self.scale * F.mse_loss(student, teacher)
 """
 KEPT = "logs/version_0/checkpoints/best.ckpt"
@@ -33,7 +33,7 @@ KEPT = "logs/version_0/checkpoints/best.ckpt"
 class Constant(TransferKind):
     value: float = 1.0
 
-    def __call__(self, student, teacher):
+    def __call__(self, student, teacher, target):
         assert not teacher.requires_grad
         return self.value + 0 * student.sum()
 
@@ -116,7 +116,7 @@ def test_extra_transfers_keep_their_kind(tmp_path):
 
 def test_a_kind_without_known_options_is_refused():
     class NoDataclass(TransferKind):
-        def __call__(self, student, teacher):
+        def __call__(self, student, teacher, target):
             return student.sum()
 
     with pytest.raises(ValueError, match=r"NoDataclass must be a dataclass.*@dataclass"):
