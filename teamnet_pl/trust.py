@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from teamnet_pl.backbones.create import has_source
 from teamnet_pl.errors import TeamNetError
 
-_LIBRARIES = ("cifar/", "torchvision/", "timm/")
 _DATA_CLASS = re.compile(r"teamnet_pl\.data\.[A-Za-z]\w*")
 _TRANSFER_KIND = re.compile(r"teamnet_pl\.cooperation\.(kinds\.)?[A-Za-z]\w*")
 _TRANSFORM_CLASS = re.compile(r"torchvision\.transforms\.v2\.[A-Za-z]\w*")
@@ -81,7 +81,7 @@ class Trust:
         """
         if not isinstance(name, str):
             raise TeamNetError(f"{self.source}: {key} must be a text, found {name!r}.")
-        if not name.startswith(_LIBRARIES):
+        if not has_source(name):
             self._refuse(key, name, f"the backbone {name} by its import path, which runs code")
 
     def check_plain(self, key: str, value: object) -> None:

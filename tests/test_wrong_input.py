@@ -11,7 +11,7 @@ import torch
 
 from teamnet_pl import TeamNetError
 from teamnet_pl.cli import main
-from teamnet_pl.cli.training import error_of_the_package
+from teamnet_pl.cli.training import underlying_error
 
 BEST = "logs/version_0/checkpoints/best.ckpt"
 
@@ -177,12 +177,12 @@ def test_results_that_cannot_be_saved_are_printed(cli, capsys, checkpoint, tmp_p
     assert "Traceback" not in printed.err
 
 
-def test_the_error_of_the_package_is_the_one_that_caused_the_others():
+def test_the_underlying_error_is_the_one_that_caused_the_others():
     """Others may have a cause that was never raised, such as torchvision's of a failed download."""
     cause, error = (
         TeamNetError("depths must be nested"),
         ValueError("Parser key 'model': and so on"),
     )
     error.__cause__ = cause
-    assert error_of_the_package(error) is cause
-    assert error_of_the_package(ValueError()) is None
+    assert underlying_error(error) is cause
+    assert underlying_error(ValueError()) is None

@@ -9,7 +9,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # not in Python 3.10's typing
 
 _Factory = Callable[..., nn.Module]
+_Shape = tuple[int, int, int]
 
 _WEIGHTS_OPTIONS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 _CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
@@ -104,29 +105,28 @@ def default_input_shape(config: BackboneConfig) -> tuple[int, int, int]:
     Returns:
         Channels, height and width: as listed by timm for its models, 32² for ``cifar/``, else 224².
     """
-    library, _, name = config.name.partition("/")
-    if library == "timm":
-        import timm
+    prefix, _, model = config.name.partition("/")
+    return SOURCES[prefix].input_shape(model) if prefix in SOURCES else _imagenet_shape(model)
 
-        if pretrained := timm.get_pretrained_cfg(name):
-            channels, height, width = pretrained.input_size
-            return channels, height, width
-    size = 32 if library == "cifar" else 224
-    return 3, size, size
+
+def has_source(name: str) -> bool:
+    """Tells whether a name has the prefix of a source, rather than being an import path."""
+    prefix, slash, _ = name.partition("/")
+    return bool(slash) and prefix in SOURCES
 
 
 def _find_factory(name: str) -> tuple[_Factory, str]:
-    """The function that makes a backbone, and its argument for the number of channels."""
-    library, slash, model = name.partition("/")
+    """Finds the function that makes a backbone, and its argument for the number of channels."""
+    prefix, slash, model = name.partition("/")
     if not slash:
         return _import_factory(name), "in_channels"
-    if library == "cifar":
-        return _cifar_factory(model), "in_channels"
-    if library == "torchvision":
-        return _torchvision_factory(model), "in_channels"
-    if library == "timm":
-        return _timm_factory(model), "in_chans"
-    _raise_unknown(name, ("cifar/", "torchvision/", "timm/"))
+    if prefix not in SOURCES:
+        _raise_unknown(name, (f"{known}/" for known in SOURCES))
+    source = SOURCES[prefix]
+    factory = source.factory(model)
+    if factory is None:
+        _raise_unknown(name, (f"{prefix}/{known}" for known in source.models()))
+    return factory, source.channels_argument
 
 
 def _bind(factory: _Factory, **fixed: Any) -> _Factory:
@@ -140,8 +140,8 @@ def _import_factory(path: str) -> _Factory:
         factory: _Factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TeamNetError(
-            f"The backbone {path!r} cannot be imported: {error}. A backbone is cifar/<model>, "
-            "torchvision/<model>, timm/<model> or an import path such as my_package.MyNet."
+            f"The backbone {path!r} cannot be imported: {error}. {_forms()} such as "
+            "my_package.MyNet."
         ) from error
     return factory
 
@@ -154,7 +154,7 @@ def _accepted_by(factory: _Factory, arguments: dict[str, Any]) -> dict[str, Any]
     return {key: value for key, value in arguments.items() if key in parameters}
 
 
-def _cifar_factory(model: str) -> _Factory:
+def _cifar_factory(model: str) -> _Factory | None:
     from teamnet_pl.backbones.cifar_resnet import CifarResNet
     from teamnet_pl.backbones.from_torchvision import resnet_names, small_image_resnet
     from teamnet_pl.backbones.wide_resnet import WideResNet
@@ -163,36 +163,91 @@ def _cifar_factory(model: str) -> _Factory:
         return _bind(CifarResNet, depth=_CIFAR_RESNETS[model])
     if wide := re.fullmatch(r"wrn(\d+)_(\d+)", model):
         return _bind(WideResNet, depth=int(wide[1]), width=int(wide[2]))
-    resnets = resnet_names()
-    if model in resnets:
-        return _bind(small_image_resnet, name=model)
-    models = (*_CIFAR_RESNETS, "wrn28_10", *resnets)
-    _raise_unknown(f"cifar/{model}", (f"cifar/{known}" for known in models))
+    return _bind(small_image_resnet, name=model) if model in resnet_names() else None
 
 
-def _torchvision_factory(model: str) -> _Factory:
-    from teamnet_pl.backbones.from_torchvision import model_names, torchvision_model
+def _cifar_models() -> list[str]:
+    from teamnet_pl.backbones.from_torchvision import resnet_names
 
-    models = model_names()
-    if model not in models:
-        _raise_unknown(f"torchvision/{model}", (f"torchvision/{known}" for known in models))
-    return _bind(torchvision_model, name=model)
+    return [*_CIFAR_RESNETS, "wrn28_10", *resnet_names()]
 
 
-def _timm_factory(model: str) -> _Factory:
+def _torchvision_factory(model: str) -> _Factory | None:
+    from teamnet_pl.backbones.from_torchvision import torchvision_model
+
+    return _bind(torchvision_model, name=model) if model in _torchvision_models() else None
+
+
+def _torchvision_models() -> list[str]:
+    from teamnet_pl.backbones.from_torchvision import model_names
+
+    return model_names()
+
+
+def _timm_factory(model: str) -> _Factory | None:
     import timm
 
-    if not timm.is_model(model):
-        _raise_unknown(f"timm/{model}", (f"timm/{known}" for known in timm.list_models()))
-    return _bind(timm.create_model, model_name=model)
+    return _bind(timm.create_model, model_name=model) if timm.is_model(model) else None
+
+
+def _timm_models() -> list[str]:
+    import timm
+
+    models: list[str] = timm.list_models()
+    return models
+
+
+def _timm_shape(model: str) -> _Shape:
+    import timm
+
+    if pretrained := timm.get_pretrained_cfg(model):
+        channels, height, width = pretrained.input_size
+        return channels, height, width
+    return _imagenet_shape(model)
+
+
+def _imagenet_shape(_model: str) -> _Shape:
+    return 3, 224, 224
+
+
+@dataclass(frozen=True)
+class Source:
+    """The backbones whose names share a prefix.
+
+    Attributes:
+        factory: Maps the name of a model, without the prefix, to the function that makes it, or to
+            None if there is no such model. The function takes ``num_classes``, the number of
+            channels and the user's options, all by keyword.
+        models: Lists the names of the models, for suggestions.
+        channels_argument: The name of that function's argument for the number of channels.
+        input_shape: Maps the name of a model to the image shape that it was designed for.
+    """
+
+    factory: Callable[[str], _Factory | None]
+    models: Callable[[], Sequence[str]]
+    channels_argument: str = "in_channels"
+    input_shape: Callable[[str], _Shape] = _imagenet_shape
+
+
+SOURCES = {
+    "cifar": Source(_cifar_factory, _cifar_models, input_shape=lambda _model: (3, 32, 32)),
+    "torchvision": Source(_torchvision_factory, _torchvision_models),
+    "timm": Source(_timm_factory, _timm_models, "in_chans", _timm_shape),
+}
+"""The sources of backbones, by the prefix of their names. A checkpoint may name these untrusted."""
+
+
+def _forms() -> str:
+    """Describes the forms of a backbone's name, for messages."""
+    forms = ", ".join(f"{prefix}/<model>" for prefix in SOURCES)
+    return f"A backbone is {forms} or an import path"
 
 
 def _raise_unknown(name: str, known: Iterable[str]) -> NoReturn:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
     raise TeamNetError(
-        f"There is no backbone {name!r}. Did you mean {', '.join(close)}? A backbone is "
-        "cifar/<model>, torchvision/<model>, timm/<model> or an import path."
+        f"There is no backbone {name!r}. Did you mean {', '.join(close)}? {_forms()}."
     )
 
 

@@ -20,7 +20,6 @@ GROUPS = (
     "help",
     "last",
     "model",
-    "predictions",
     "print_config",
     "report",
     "return_predictions",

@@ -137,7 +137,7 @@ class TeamCLI(LightningCLI):
             with limit or nullcontext():
                 super().instantiate_classes()
         except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-            self._parser(self.subcommand).error(str(error_of_the_package(error) or error))
+            self._parser(self.subcommand).error(str(underlying_error(error) or error))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leaves the checkpoints out where `enable_checkpointing` is off.
@@ -189,9 +189,12 @@ class TeamCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 
-def error_of_the_package(error: BaseException | None) -> TeamNetError | None:
-    """The error of this package behind one that jsonargparse has added its own knowledge to."""
-    while error is not None and not isinstance(error, TeamNetError):
+def underlying_error(error: BaseException | None) -> BaseException | None:
+    """Finds the error that jsonargparse wrapped in a longer one.
+
+    It is an error of this package, or that of a library that is not installed.
+    """
+    while error is not None and not isinstance(error, ModuleNotFoundError | TeamNetError):
         error = error.__cause__
     return error
 

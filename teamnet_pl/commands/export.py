@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from teamnet_pl.deploy.checkpoint import SavedTeam
-from teamnet_pl.deploy.export.files import Format, export_files
+from teamnet_pl.deploy.export.files import (
+    FormatName,
+    describe_formats,
+    export_files,
+    needs_data,
+)
 from teamnet_pl.deploy.teammate import Teammate
 
 
 def export_teammate(
     ckpt_path: str,
     out: str,
-    formats: list[Format],
+    formats: list[FormatName],
     teammate: str = "a",
     depths: list[int] | None = None,
     calibration_images: int = 256,
@@ -23,10 +28,7 @@ def export_teammate(
     Args:
         ckpt_path: The checkpoint.
         out: Folder for the files and ``manifest.json``.
-        formats: Kinds of files, such as ``[onnx_all_depths,safetensors]``. One file for each depth:
-            safetensors (weights of the plain net), torch_export, onnx, onnx_int8 (quantized with
-            the checkpoint's data), executorch. One for several depths: onnx_all_depths, with the
-            depth as an input; hub, a folder for the Hugging Face Hub.
+        formats: Kinds of files, such as ``[onnx_all_depths,safetensors]``. {formats}
         teammate: Name of the Teammate, such as ``a``.
         depths: Depths to export, by their number of blocks; by default all.
         calibration_images: Least number of validation images that calibrate onnx_int8.
@@ -42,9 +44,13 @@ def export_teammate(
     """
     saved = SavedTeam.read(ckpt_path, trust_import)
     net = Teammate.from_saved(saved, teammate)
-    data = saved.data_module() if "onnx_int8" in formats else None
+    data = saved.data_module() if needs_data(formats) else None
     manifest = export_files(net, out, formats, depths, data, calibration_images)
     _print_files(manifest, title=f"Teammate {teammate}, in {out}")
+
+
+if export_teammate.__doc__:  # which becomes the help of --formats
+    export_teammate.__doc__ = export_teammate.__doc__.replace("{formats}", describe_formats())
 
 
 def _print_files(manifest: dict[str, Any], title: str) -> None:
