@@ -1,8 +1,13 @@
-"""Accuracy per depth: a team, its ablations, and each depth trained alone, over several seeds.
+"""Accuracy per depth of a team, its ablations and nets trained for one depth, over several seeds.
 
-All methods train on the same images with the same epochs, augmentation, optimiser and schedule.
-Each row has the accuracy on the validation split, which is for choosing (a method's learning rate,
-a default), and on the test split, which is for reporting. Example::
+All methods train on the same images with the same epochs, augmentation, optimizer and schedule.
+The methods are ``team``, each config in teamnet_pl/configs/ablation/ by its name, and ``alone``: a
+plain net for each depth, trained on labels. Team and data are made by the parser of the command
+line, as in `teamnet fit --config data/DATASET --config ablation/METHOD`. Each row has the accuracy
+on the validation split, which is for choosing (a learning rate, a default), and on the test split,
+which is for reporting.
+
+Each run is written when it ends. A later call skips the runs that the file has. Example::
 
     python benchmarks/accuracy.py --methods team joint alone --seeds 0 1 2 --out accuracy.json
 """
@@ -11,78 +16,104 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 import tempfile
 import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from results_file import save_results
+import yaml
+from harness import (
+    RESULTS,
+    Result,
+    ResultFile,
+    Row,
+    argument_parser,
+    load_result,
+    markdown,
+    mean_and_deviation,
+    with_source,
+)
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from teamnet_pl.backbones import create_backbone
-from teamnet_pl.cooperation import (
-    Cooperation,
-    Edge,
-    KLDivergence,
-    LeaderConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    Team,
-    TeammateConfig,
-)
+from teamnet_pl.callbacks.depth_report import team_report
+from teamnet_pl.cli.training import TeamArgumentParser, TeamCLI
+from teamnet_pl.config_files import config_names, config_path
+from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig, Team
 from teamnet_pl.cooperation.optimization import configure
-from teamnet_pl.cooperation.report import Report
-from teamnet_pl.data import Digits, FashionMNIST
-from teamnet_pl.elastic import ElasticNet, cost
+from teamnet_pl.data import ImageDataModule
+from teamnet_pl.elastic import cost
 
-NO = Edge(weight=0.0)
-T1, T4 = (Edge(kind=KLDivergence(temperature)) for temperature in (1.0, 4.0))
+DATASETS = [name.removeprefix("data/") for name in config_names() if name.startswith("data/")]
+ABLATIONS = [
+    name.removeprefix("ablation/") for name in config_names() if name.startswith("ablation/")
+]
+METHODS = ["team", *ABLATIONS, "alone"]
+ABLATIONS_WIDTH = 16
+"""Width of the Teammates for which the ablations' configs are written."""
+T = TypeVar("T")
 
 
-def team(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """Arguments of a team whose nets are all alike, with changes to them or to the team."""
-    net, wider = (
-        {"name": args.backbone, "options": {"width": width} if width else {}}
-        for width in (args.width, changes.pop("leader_width", 1) * args.width)
+# Team and data
+
+
+def command_line(args: argparse.Namespace, method: str, seed: int) -> list[str]:
+    """Lists the words that make the team and the data of a method, as after `teamnet fit`."""
+    data = {"batch_size": args.batch_size, "root": args.root, "train_size": args.train_size}
+    leader = {"name": args.backbone, "options": {"width": args.width} if args.width else {}}
+    teammate = leader | {"depths": args.depths}
+    lr = dict(args.method_lr).get(method, args.lr)
+    settings = {
+        "seed_everything": seed,
+        "data": {"init_args": {name: value for name, value in data.items() if value is not None}},
+        "model": {"leader": leader, "a": teammate, "b": teammate, "optimizer": {"lr": lr}},
+        "trainer": {
+            "accelerator": args.accelerator,
+            "enable_checkpointing": False,
+            "logger": False,
+        },
+    }
+    configs = [str(config_path(f"data/{args.dataset}")), yaml.safe_dump(settings)]
+    if method != "team":
+        configs.append(ablation(method, args.width or ABLATIONS_WIDTH))
+    return [word for config in configs for word in ("--config", config)]
+
+
+def ablation(name: str, width: int) -> str:
+    """Reads the config of an ablation, with the widths in it scaled to Teammates of a width."""
+    config = yaml.safe_load(config_path(f"ablation/{name}").read_text())
+    for member in config["model"].values():
+        if member and "width" in member.get("options", {}):
+            member["options"]["width"] = member["options"]["width"] * width // ABLATIONS_WIDTH
+    return yaml.safe_dump(config)
+
+
+def team_and_data(args: argparse.Namespace, method: str, seed: int) -> tuple[Team, ImageDataModule]:
+    """Makes the team and the data module of a method by the parser of the command line."""
+    cli = TeamCLI(
+        Team,
+        ImageDataModule,
+        subclass_mode_data=True,
+        parser_class=TeamArgumentParser,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        args=command_line(args, method, seed),
+        run=False,
     )
-    mate = {"depths": args.depths} | {
-        key: changes.pop(key) for key in ("policy", "per_depth_affine") if key in changes
-    }
-    both = {
-        "leader": LeaderConfig(**wider),
-        "a": TeammateConfig(**net, **mate),
-        "b": TeammateConfig(**net, **mate, interleaved=True),
-    }
-    return both | changes
+    return cli.model, cli.datamodule
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "team": {},
-    "no_leader": {"leader": None},
-    "no_peer": {"cooperation": Cooperation(peer=NO)},
-    "no_sub_networks": {"cooperation": Cooperation(sub_networks=NO)},
-    "one_teammate": {"b": None},
-    "wide_leader": {"leader_width": 2},
-    "self_distilled": {"leader": None, "b": None},
-    "joint": {"leader": None, "b": None, "cooperation": Cooperation(NO, NO, NO)},
-    "round_robin": {"policy": "round_robin"},
-    "evenly_spread": {"policy": "evenly_spread"},
-    "first_stage_first": {"policy": "first_stage_first"},
-    "per_depth_affine": {"per_depth_affine": True},
-    "no_ramp": {"cooperation": Cooperation(ramp=0.0)},
-    "weight_1": {"cooperation": Cooperation(Edge(1.0), Edge(1.0), Edge(1.0))},
-    "weight_2": {"cooperation": Cooperation(Edge(2.0), Edge(2.0), Edge(2.0))},
-    "temperature_4": {"cooperation": Cooperation(T4, T4, T4)},
-    "temperature_1": {"cooperation": Cooperation(T1, T1, T1)},
-}
+# Training
 
 
-class Alone(LightningModule):
-    """A plain net, trained on labels."""
+class PlainNet(LightningModule):
+    """A net of one depth, trained on labels."""
 
     def __init__(
         self, net: nn.Module, optimizer: OptimizerConfig, schedule: ScheduleConfig, classes: int
@@ -108,17 +139,13 @@ class Alone(LightningModule):
         return configure(self, self.optimizer, self.schedule)
 
 
-def data_module(args: argparse.Namespace) -> LightningDataModule:
-    """The dataset."""
-    if args.dataset == "digits":
-        return Digits(batch_size=args.batch_size)
-    root, size = args.root, args.train_size
-    return FashionMNIST(root=root, download=False, train_size=size, batch_size=args.batch_size)
-
-
-def train(args: argparse.Namespace, module: LightningModule) -> dict[str, float]:
-    """Trains a module and returns its metrics on both splits."""
-    data = data_module(args)
+def train(
+    args: argparse.Namespace,
+    module: LightningModule,
+    data: ImageDataModule,
+    read: Callable[[Trainer, Any], T],
+) -> tuple[T, T]:
+    """Trains a module, and reads its accuracies on the validation and the test split."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_epochs=args.epochs,
@@ -132,57 +159,112 @@ def train(args: argparse.Namespace, module: LightningModule) -> dict[str, float]
             num_sanity_val_steps=0,
             check_val_every_n_epoch=args.epochs,
         )
-        found = {}
         trainer.fit(module, datamodule=data)
-        found.update(trainer.callback_metrics)
+        val = read(trainer, "val")
         trainer.test(module, datamodule=data, verbose=False)
-        found.update(trainer.callback_metrics)
-        return {name: float(value) for name, value in found.items()}
+        return val, read(trainer, "test")
 
 
-def run(args: argparse.Namespace, method: str, seed: int) -> list[dict[str, Any]]:
-    """One method with one seed: a row for each net and depth."""
+def measure_team(args: argparse.Namespace, method: str, seed: int) -> Iterator[Row]:
+    """Trains a team; yields a row for each net and depth."""
+    team, data = team_and_data(args, method, seed)
+    val, test = train(args, team, data, lambda trainer, split: team_report(team, trainer, split))
+    for on_val, on_test in zip(val.rows, test.rows, strict=True):
+        yield {
+            "net": on_val.net,
+            "depth": on_val.depth,
+            "macs": on_val.macs,
+            "val": on_val.accuracy,
+            "test": on_test.accuracy,
+        }
+
+
+def measure_alone(args: argparse.Namespace, seed: int) -> Iterator[Row]:
+    """Trains a plain net for each depth of Teammate a; yields a row for each."""
+    team, _ = team_and_data(args, "joint", seed)
+    for depth in team.elastic_nets["a"].depths:
+        team, data = team_and_data(args, "joint", seed)  # so that each depth starts alike
+        net = team.elastic_nets["a"].extract(depth)
+        module = PlainNet(net, team.optimizer_config, team.schedule_config, team.num_classes)
+        val, test = train(args, module, data, plain_accuracy)
+        macs = cost(net, team.input_shape).macs
+        yield {"net": "alone", "depth": depth.name, "macs": macs, "val": val, "test": test}
+
+
+def plain_accuracy(trainer: Trainer, split: str) -> float:
+    """Reads the accuracy of the last evaluation of a `PlainNet`."""
+    return float(trainer.callback_metrics[f"{split}/accuracy"])
+
+
+def measure(args: argparse.Namespace, method: str, seed: int) -> list[Row]:
+    """Trains one method with one seed; returns a row for each net and depth."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    seed_everything(seed, workers=True, verbose=False)
-    data = data_module(args)
-    classes, shape = data.num_classes, data.input_shape
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    rows = measure_alone(args, seed) if method == "alone" else measure_team(args, method, seed)
     lr = dict(args.method_lr).get(method, args.lr)
-    optimizer, schedule = OptimizerConfig(lr=lr), ScheduleConfig()
-    if method == "alone":
-        config = team(args)["a"]
-        net = ElasticNet(create_backbone(config, classes, shape[0]), shape, depths=args.depths)
-        rows = []
-        for depth in net.depths:
-            seed_everything(seed, workers=True, verbose=False)
-            backbone = create_backbone(config, classes, shape[0])
-            plain = ElasticNet(backbone, shape, depths=args.depths).extract(depth)
-            found = train(args, Alone(plain, optimizer, schedule, classes))
-            row = {"net": "alone", "depth": depth.name, "macs": cost(plain, shape).macs}
-            rows.append(row | {split: found[f"{split}/accuracy"] for split in ("val", "test")})
-    else:
-        arguments = team(args, **METHODS[method])
-        module = Team(classes, shape, optimizer=optimizer, schedule=schedule, **arguments)
-        found = train(args, module)
-        val, test = (report(module, found, split).rows for split in ("val", "test"))
-        rows = [
-            {"net": v.net, "depth": v.depth, "macs": v.macs, "val": v.accuracy, "test": t.accuracy}
-            for v, t in zip(val, test, strict=True)
-        ]
     return [{"method": method, "seed": seed, "lr": lr, **row} for row in rows]
 
 
-def report(module: Team, metrics: dict[str, float], split: str) -> Report:
-    """The report of one split, from the metrics of both."""
-    prefix = f"{split}/"
-    values = {
-        name.removeprefix(prefix): value
-        for name, value in metrics.items()
-        if name.startswith(prefix)
+# Tables
+
+
+def table(result: Result) -> str:
+    """Makes the table of a result: accuracies of the team, or differences of others from it."""
+    if "team" in result["settings"]["methods"]:
+        return accuracy_table(result)
+    return difference_table(result, load_result(RESULTS / "accuracy_fashion_mnist.json"))
+
+
+def accuracy_table(result: Result) -> str:
+    """Tabulates the accuracy on the test split, mean and deviation over the seeds."""
+    accuracies: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in sorted(result["rows"], key=lambda row: (row["method"], row["net"], -row["macs"])):
+        net = accuracies[row["method"], row["net"]]
+        net[row["depth"] or "single"].append(100 * row["test"])
+    names = {row["depth"] for row in result["rows"] if row["depth"]}
+    depths = sorted(names, key=lambda depth: -int(depth[1:]))
+    rows = []
+    for (method, net_name), by_depth in accuracies.items():
+        # A net of one depth stands in the first column.
+        by_depth.setdefault(depths[0], by_depth["single"])
+        cells = [mean_and_deviation(by_depth.get(depth, [])) for depth in depths]
+        rows.append([method, net_name, *cells])
+    return with_source(markdown(["method", "net", *depths], rows), result)
+
+
+def difference_table(result: Result, base: Result) -> str:
+    """Tabulates means over depths, and their differences from the team in another result."""
+    accuracies: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
+    for row in base["rows"] + result["rows"]:
+        for split in ("val", "test"):
+            accuracies[row["method"], row["net"], split, row["seed"]].append(100 * row[split])
+
+    def cells(method: str, net: str, split: str) -> list[str]:
+        means, differences = [], []
+        for seed in base["settings"]["seeds"]:
+            if values := accuracies.get((method, net, split, seed)):
+                means.append(statistics.mean(values))
+                team = statistics.mean(accuracies["team", net, split, seed])
+                differences.append(means[-1] - team)
+        difference = "" if method == "team" else mean_and_deviation(differences, "+.1f")
+        return [mean_and_deviation(means), difference]
+
+    columns = {
+        "a, validation": ("a", "val"),
+        "a, test": ("a", "test"),
+        "b, test": ("b", "test"),
+        "ensemble, test": ("ensemble", "test"),
     }
-    nets = module.elastic_nets
-    return Report.of(nets, module.leader, module.input_shape, values, split=split)
+    header = ["method", *(title for column in columns for title in (column, "difference"))]
+    rows = [
+        [method, *(cell for column in columns.values() for cell in cells(method, *column))]
+        for method in ("team", *result["settings"]["methods"])
+    ]
+    return with_source(markdown(header, rows), result)
 
 
 def method_lr(text: str) -> tuple[str, float]:
@@ -192,37 +274,38 @@ def method_lr(text: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Runs all methods with all seeds and writes what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("fashion_mnist", "digits"), default="fashion_mnist")
-    parser.add_argument("--root", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--train-size", type=int, default=10_000)
+    """Trains all methods with all seeds, except for the runs that the file has."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--dataset", choices=DATASETS, default="fashion_mnist", metavar="DATASET", help=f"of {', '.join(DATASETS)}")  # fmt: skip # noqa: E501
+    parser.add_argument("--root", help="folder of the data, by default that of the config")
+    parser.add_argument("--train-size", type=int, help="training images, by default 10 000 of fashion_mnist and all of others")  # fmt: skip # noqa: E501
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--method-lr", nargs="+", type=method_lr, default=[], metavar="METHOD=LR")
     parser.add_argument("--backbone", default="cifar/resnet20")
-    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--width", type=int, default=8, help="of the backbone; 0 if it has none")
     parser.add_argument("--depths", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, "alone"), default=["team"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["team"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    if args.train_size is None and args.dataset == "fashion_mnist":
+        args.train_size = 10_000
 
-    rows: list[dict[str, Any]] = []
+    file = ResultFile(args, resume=True, selecting=("methods", "seeds"), ignored=("jobs", "root"))
+    done = {(row["method"], row["seed"]) for row in file.rows}
     with ProcessPoolExecutor(args.jobs) as pool:
-        jobs = {
-            pool.submit(run, args, method, seed): (method, seed)
+        runs = {
+            pool.submit(measure, args, method, seed): (method, seed)
             for seed in args.seeds
             for method in args.methods
+            if (method, seed) not in done
         }
-        for job in as_completed(jobs):
-            rows += job.result()
-            rows.sort(key=lambda r: (r["method"], r["seed"], r["net"], -r["macs"]))
-            save_results(args, rows)
-            print(*jobs[job], "done", flush=True)
+        for run in as_completed(runs):
+            file.add(run.result())
+            print(*runs[run], "done", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Feeds mutated files to every entrance that reads one, with a canary for whatever runs.
+"""Fuzzing of every entrance that reads a file, with a canary for code that runs.
 
-Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: flipped and missing bytes,
-and values that are swapped, missing, of another type, huge, or hostile: import paths, classes by
-their path, addresses, pipes, names of files, options of backbones that read files or the Hub.
-Whatever they name must not run, and must end in success or in one sentence that names the file. An
-audit hook notices processes, sockets, files outside of the run's folder and modules that only the
-input names; a limit of memory and of time notices the rest. All cases run in one process: in
-another the canary would not see.
+Checkpoints, Hub folders, profiles and ``per_depth.json`` are mutated: bytes are flipped or missing,
+and values are swapped, missing, of another type, huge, or hostile: import paths, class paths,
+addresses, pipes, file names, options of backbones that read files or the Hub. Nothing that a file
+names may run; the file must be taken, or refused by one sentence that names it. An audit hook
+notices processes, sockets, files outside the run's folder, and imports of modules that only the
+input names. Limits of memory and time catch everything else. All cases run in one process, since
+the hook does not see others. Example::
+
+    python benchmarks/fuzz.py --seconds 600 --out benchmarks/results/fuzz.json
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -36,7 +39,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from results_file import save_results
+from harness import TINY, Result, ResultFile, Row, argument_parser, markdown, with_source
 
 from teamnet_pl import Team
 from teamnet_pl.cli import main as teamnet
@@ -126,11 +129,12 @@ TRAPPED = {
     "socket.sendto", "ftplib.connect", "smtplib.connect", "urllib.Request", "webbrowser.open",
 }  # fmt: skip
 CHANGING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.symlink", "os.link"}
-SENTENCES = (FileNotFoundError, ModuleNotFoundError, ValueError)
+ALLOWED = ("taken", "refused")
+REFUSALS = (FileNotFoundError, ModuleNotFoundError, ValueError)
 
 
 class Sprung(BaseException):
-    """Something in the input ran."""
+    """Something that the input names ran."""
 
 
 class Hung(BaseException):
@@ -138,7 +142,7 @@ class Hung(BaseException):
 
 
 class Canary:
-    """Notices what a case does beside reading its files.
+    """Notices everything that a case does besides reading its files.
 
     Args:
         folder: Where it may write.
@@ -156,7 +160,7 @@ class Canary:
     def _notice(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        # The address that the command line gives `serve`.
+        # The command line gives this address to `serve`.
         bad = event in TRAPPED and arguments[:2] != ("127.0.0.1", 0)
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -176,7 +180,7 @@ class Canary:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Notices what happens within it."""
+        """Notices everything within the context."""
         self.hits.clear()
         self.armed = True
         try:
@@ -192,7 +196,7 @@ class Canary:
 
 
 def containers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every mapping and list in a value, with its path."""
+    """Yields every mapping and list in a value, with its path."""
     if isinstance(value, dict | list):
         yield path, value
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -200,7 +204,7 @@ def containers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def hostile(draw: random.Random, path: tuple[Any, ...]) -> Any:
-    """A value that should not be there."""
+    """Draws a value that does not belong there."""
     kinds: list[Callable[[], Any]] = [
         lambda: draw.choice(TEXTS),
         lambda: draw.choice(NUMBERS),
@@ -219,14 +223,14 @@ def hostile(draw: random.Random, path: tuple[Any, ...]) -> Any:
     if last == "name" and draw.random() < 0.6:
         return draw.choice(NAMES)
     value = draw.choice(kinds)()
-    # The data may name a folder: reading it is what it is for.
+    # The data may name a folder to read.
     return "canary.yaml" if "data" in path and str(value).startswith("/") else value
 
 
 def mutate(draw: random.Random, content: dict[str, Any]) -> Any:
     """Changes a few values anywhere in a nested dictionary."""
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
-        # Weights are many; each first-level entry is as likely as any other.
+        # There are many weights, so the first-level entry is drawn first.
         top = draw.choice(list(content)) if content else None
         choices = list(containers(content.get(top), (top,))) or [((), content)]
         path, holder = draw.choice([*choices, ((), content)])
@@ -273,7 +277,7 @@ def damage(draw: random.Random, data: bytes) -> bytes:
 
 
 class Malicious:
-    """Runs a command when it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch PWNED",)
@@ -283,11 +287,11 @@ class Malicious:
 
 
 class Fuzzer:
-    """Makes cases and runs them.
+    """Makes and runs cases.
 
     Args:
         folder: The current folder, empty.
-        seed: Of all cases.
+        seed: Seed of all cases.
         limit_s: Seconds that a case may take.
     """
 
@@ -302,14 +306,8 @@ class Fuzzer:
         (folder / "canary.pkl").write_bytes(pickle.dumps(Malicious()))
         sys.path.insert(0, str(folder))
         self.good = folder / "good"
-        small = {"options": {"width": 4}}
-        team = {"leader": small, "a": small | {"depths": 3}, "b": small | {"depths": 3}}
-        trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2}
-        trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
-        data = {"class_path": "Digits", "init_args": {"batch_size": 32}}
-        config = {"data": data, "model": team, "trainer": trainer, "test_after_fit": True}
-        Path("fit.yaml").write_text(json.dumps(config))
-        self.quietly(lambda: teamnet(["fit", "--config", "fit.yaml"]))
+        fit = ["fit", "--config", str(TINY), "--test_after_fit", "true"]
+        self.quietly(lambda: teamnet(fit))
         shutil.copytree("logs/version_0/checkpoints", self.good)
         self.best = self.good / "best.ckpt"
         self.quietly(lambda: teamnet(["profile", "--ckpt_path", str(self.best), "--runs", "1"]))
@@ -319,7 +317,7 @@ class Fuzzer:
 
     @staticmethod
     def quietly(call: Callable[[], Any]) -> str:
-        """Runs it, and returns what it printed as errors."""
+        """Makes a call, and returns the errors that it printed."""
         errors = io.StringIO()
         with (
             contextlib.redirect_stderr(errors),
@@ -334,14 +332,14 @@ class Fuzzer:
         return errors.getvalue()
 
     def checkpoint(self, draw: random.Random) -> str:
-        """Replaces the checkpoint by a mutated one."""
+        """Replaces the checkpoint by a mutated one; returns the kind of mutation."""
         path, good = Path("case/best.ckpt"), self.best.read_bytes()
         kind = draw.choice(["values"] * 7 + ["bytes", "pickle", "code"])
         if kind == "values":
             torch.save(mutate(draw, torch.load(self.best, weights_only=True)), path)
         elif kind == "bytes":
             path.write_bytes(damage(draw, good))
-        elif kind == "pickle":  # with checksums that are right
+        elif kind == "pickle":  # with correct checksums
             with zipfile.ZipFile(self.best) as old, zipfile.ZipFile(path, "w") as new:
                 for name in old.namelist():
                     data = old.read(name)
@@ -352,7 +350,7 @@ class Fuzzer:
         return kind
 
     def hub(self, draw: random.Random) -> str:
-        """Replaces files of the Hub folder by mutated ones."""
+        """Replaces a file of the Hub folder by a mutated one; returns the kind of mutation."""
         config, weights = Path("case/hub/config.json"), Path("case/hub/model.safetensors")
         kind = draw.choice(["values"] * 5 + ["bytes", "weights"])
         if kind == "values":
@@ -363,7 +361,7 @@ class Fuzzer:
         return kind
 
     def text(self, draw: random.Random, name: str) -> str:
-        """Replaces a JSON file by a mutated one."""
+        """Replaces a JSON file by a mutated one; returns the kind of mutation."""
         path = Path("case") / name
         if draw.random() < 0.1:
             path.write_text("[" * 100_000 + "]" * 100_000)
@@ -376,7 +374,7 @@ class Fuzzer:
         return "values"
 
     def entrances(self) -> dict[str, tuple[Callable[[], Any], str]]:
-        """Each entrance as a call, and the file that a message should name."""
+        """Returns each entrance as a call, and the file that a refusal must name."""
         best, profile = "case/best.ckpt", "case/profile_a_cpu.json"
         short = ["--trainer.enable_progress_bar", "false", "--trainer.limit_test_batches", "1"]
         short += ["--trainer.limit_predict_batches", "1", "--trainer.logger", "false"]
@@ -407,7 +405,7 @@ class Fuzzer:
         }
 
     def prepare(self, draw: random.Random) -> tuple[str, str]:
-        """Makes a case's files, and chooses its entrance."""
+        """Makes the files of a case; returns its mutation and its entrance."""
         shutil.rmtree("case", ignore_errors=True)
         shutil.copytree(self.good, "case")
         names = list(self.entrances())
@@ -421,8 +419,8 @@ class Fuzzer:
         readers = ["teamnet profile", "teamnet export", "teamnet serve", *names[7:9]]
         return f"{file}, {self.text(draw, 'per_depth.json')}", draw.choice(readers)
 
-    def case(self, number: int | None) -> dict[str, Any]:
-        """Runs one case; without a number one of whole files at every entrance."""
+    def case(self, number: int) -> Row:
+        """Runs one case."""
         draw = random.Random(f"{self.seed} {number}")
         mutation, entrance = self.prepare(draw)
         outcome, message = self.outcome(entrance, mutation)
@@ -430,9 +428,9 @@ class Fuzzer:
         return row | {"message": message[-500:]}
 
     def outcome(self, entrance: str, mutation: str) -> tuple[str, str]:
-        """What becomes of a case, and what was said."""
+        """Calls an entrance; returns the outcome, and the message if there is one."""
         call, file = self.entrances()[entrance]
-        kind = mutation.split(",")[0]  # "the profile" is the one that was given
+        kind = mutation.split(",")[0]  # a message may say "the profile" for the given one
         named = {"per_depth": "per_depth.json", "profile": "profile"}.get(kind, file)
         signal.setitimer(signal.ITIMER_REAL, self.limit_s)
         try:
@@ -440,7 +438,7 @@ class Fuzzer:
                 message = self.quietly(call)
             outcome = "refused" if "error: " in message else "taken"
             message = message.rpartition("error: ")[2] if outcome == "refused" else ""
-        except SENTENCES as error:
+        except REFUSALS as error:
             outcome, message = "refused", str(error)
             if entrance.startswith("teamnet"):
                 outcome = "traceback"
@@ -463,58 +461,91 @@ def hang(*_: Any) -> None:
     raise Hung
 
 
-def main() -> None:
-    """Runs cases until the time is over."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="*", help="Numbers of cases to run again.")
-    parser.add_argument("--limit-s", type=float, default=20, help="Time that a case may take.")
-    parser.add_argument("--limit-gib", type=float, default=4, help="Memory beyond the start's.")
-    parser.add_argument("--out", default="benchmarks/results/fuzz.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, hang)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Makes a temporary folder the working folder."""
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         os.chdir(folder)
         try:
-            fuzzer = Fuzzer(folder, args.seed, args.limit_s)
-            (folder / "case").mkdir()
-            for entrance in fuzzer.entrances():  # whole files work, and trip nothing
-                shutil.rmtree("case")
-                shutil.copytree(fuzzer.good, "case")
-                fuzzer.outcome(entrance, "none")  # what is imported or cached once
-                outcome, message = fuzzer.outcome(entrance, "none")
-                if outcome != "taken":
-                    sys.exit(f"{entrance} does not take whole files: {outcome}, {message}")
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            size = pages * resource.getpagesize() + int(args.limit_gib * 2**30)
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
-            until, number, rows = time.monotonic() + args.seconds, 0, []
-            numbers = iter(args.only) if args.only else iter(range(10**9))
-            for number in numbers:
-                if time.monotonic() > until:
-                    break
-                rows.append(fuzzer.case(number))
-                if rows[-1]["outcome"] not in ("taken", "refused"):
-                    print(json.dumps(rows[-1]), flush=True)
+            yield folder
         finally:
             os.chdir(before)
+
+
+def check_whole_files(fuzzer: Fuzzer) -> None:
+    """Checks that every entrance takes whole files without an alarm."""
+    Path("case").mkdir()
+    for entrance in fuzzer.entrances():
+        shutil.rmtree("case")
+        shutil.copytree(fuzzer.good, "case")
+        fuzzer.outcome(entrance, "none")  # imports and caches
+        outcome, message = fuzzer.outcome(entrance, "none")
+        if outcome != "taken":
+            sys.exit(f"{entrance} does not take whole files: {outcome}, {message}")
+
+
+def limit_memory(gib: float) -> None:
+    """Limits the memory of this process to that of now and some more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * resource.getpagesize() + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Runs cases until the time is over; returns a row for each."""
+    rows: list[Row] = []
+    with temporary_folder() as folder:
+        fuzzer = Fuzzer(folder, args.seed, args.limit_s)
+        check_whole_files(fuzzer)
+        limit_memory(args.limit_gib)
+        until = time.monotonic() + args.seconds
+        for number in args.cases or itertools.count():
+            if time.monotonic() > until:
+                break
+            rows.append(fuzzer.case(number))
+            if rows[-1]["outcome"] not in ALLOWED:
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(result: Result) -> str:
+    """Tabulates the number of cases by mutation and outcome."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for row in result["rows"]:
+        counts[row["mutation"], row["outcome"]] += row["cases"]
+    rows = [[*key, str(count)] for key, count in sorted(counts.items())]
+    return with_source(markdown(["mutation", "outcome", "cases"], rows), result)
+
+
+def main() -> None:
+    """Runs cases, and writes how many had which outcome."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, nargs="+", help="numbers of the only cases to run")
+    parser.add_argument("--limit-s", type=float, default=20, help="time of one case")
+    parser.add_argument(
+        "--limit-gib", type=float, default=4, help="memory beyond that at the start"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, hang)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    file = ResultFile(args)
+    rows = measure(args)
     counts = Counter((row["mutation"], row["entrance"], row["outcome"]) for row in rows)
-    summary = [
+    failures = [row for row in rows if row["outcome"] not in ALLOWED]
+    file.extra["failures"] = failures
+    file.add(
         {"mutation": mutation, "entrance": entrance, "outcome": outcome, "cases": cases}
         for (mutation, entrance, outcome), cases in sorted(counts.items())
-    ]
-    bad = [row for row in rows if row["outcome"] not in ("taken", "refused")]
-    args.ended_otherwise = bad
-    save_results(args, summary)
-    print(dict(Counter(row["outcome"] for row in rows)))
-    if bad:
-        sys.exit(f"{len(bad)} of {len(rows)} cases ended otherwise than they may.")
+    )
+    print(table(file.result))
+    if failures:
+        sys.exit(f"{len(failures)} of {len(rows)} cases were neither taken nor refused.")
 
 
 if __name__ == "__main__":

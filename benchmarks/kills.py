@@ -1,21 +1,19 @@
-"""Training runs that are killed at random moments and resumed until they are through.
+"""Training runs that are killed at random moments and resumed until they are complete.
 
 Each run is killed a few times, by SIGKILL or SIGTERM, in a phase chosen at random: at the start,
 in a training step, in validation, while a checkpoint is written, at the end. After each kill every
-checkpoint that is there has to load, and the next process goes on from the newest ``last.ckpt``.
-The end has to be that of a run that nobody killed: weights and optimiser bit for bit, and every row
-of its log, each once in the log of a process; where a process goes on, its log replaces the rest of
-the one before. A row for each kill is written when its run has ended, and a later call adds to the
-file. Linux only. Example::
+checkpoint must load, and the next process resumes from the newest ``last.ckpt``. The end must be
+that of an uninterrupted run: weights and optimizer bit for bit, and every row of its log, once in
+the log of each process; from the step where a process resumes, its log replaces the one before. The
+rows of a run, one for each kill, are written when it ends. A later call adds to the file. Linux
+only. Example::
 
     python benchmarks/kills.py --kills 200 --out benchmarks/results/kills.json
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import os
 import random
 import select
@@ -25,14 +23,15 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import TINY, Result, ResultFile, Row, argument_parser, markdown, with_source
 from lightning.pytorch import Callback
-from results_file import save_results
 
 from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.cli import main as teamnet
@@ -40,22 +39,13 @@ from teamnet_pl.cli import main as teamnet
 PHASES = ("start", "training", "validation", "saving", "end")
 _PIPE = "TEAMNET_KILLS_PIPE"
 
+UNINTERRUPTED = "the uninterrupted run"
 _RUN = """
 data:
-  class_path: Digits
-  init_args: {batch_size: 32, train_size: 200, num_workers: 0}
-model:
-  leader: {options: {width: 4}}
-  a: {options: {width: 4}, depths: 3}
-  b: {options: {width: 4}, depths: 3, interleaved: true}
+  init_args: {train_size: 200, train_transform: null, num_workers: 0}
 trainer:
-  accelerator: cpu
-  devices: 1
-  enable_model_summary: false
-  enable_progress_bar: false
   limit_train_batches: 4
   limit_val_batches: 2
-  log_every_n_steps: 1
   max_epochs: 5
 report: {picture: false}
 last: {every_n_train_steps: STEPS}
@@ -80,35 +70,35 @@ SETTINGS: dict[str, list[str]] = {
 
 
 class Phases(Callback):
-    """Tells the killer how far the run is."""
+    """Tells the killing process the phase of the run."""
 
     def tell(self, phase: str) -> None:
-        """Sends a phase, from the first process alone."""
+        """Sends a phase, from the first process only."""
         if _PIPE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(int(os.environ[_PIPE]), f"{phase}\n".encode())
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """In a training step."""
+        """Tells that a training step begins."""
         self.tell("training")
 
     def on_validation_batch_start(self, *_: Any) -> None:
-        """In validation."""
+        """Tells that a validation step begins."""
         self.tell("validation")
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        """Before a checkpoint is written."""
+        """Tells that a checkpoint is about to be written."""
         self.tell("saving")
 
     def on_train_end(self, *_: Any) -> None:
-        """At the end."""
+        """Tells that the training ends."""
         self.tell("end")
 
 
 class Run:
-    """A process that trains, forked from this one, which has imported everything.
+    """A process that trains, forked from this one so that it need not import anything.
 
     Args:
-        folder: Where it runs; its output goes to ``output.txt`` there.
+        folder: Working folder; the output goes to ``output.txt`` in it.
         words: Its command line.
     """
 
@@ -129,9 +119,9 @@ class Run:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ[_PIPE] = str(pipe)
-            here = str(Path(__file__).parent)
-            os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-            # Lightning starts the other processes by this.
+            scripts = str(Path(__file__).parent)
+            os.environ["PYTHONPATH"] = os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])
+            # Lightning starts the other processes with this command.
             sys.argv = [str(Path(sys.modules["teamnet_pl"].__path__[0]) / "__main__.py"), *words]
             sys.modules["__main__"].__spec__ = None
             os.write(pipe, b"start\n")
@@ -146,7 +136,7 @@ class Run:
             os._exit(code)
 
     def phases(self) -> Iterator[tuple[str, float]]:
-        """The phases that the process tells of, with the seconds since its start."""
+        """Yields the phases that the process sends, with the seconds since its start."""
         text = ""
         while chunk := os.read(self.pipe, 1):
             text += chunk.decode()
@@ -155,7 +145,7 @@ class Run:
                 text = ""
 
     def kill(self, number: int, seconds: float) -> bool:
-        """Waits, and then kills the process if it still runs; says whether it did."""
+        """Waits, and then kills the process if it still runs; returns whether it did."""
         # A process that ends closes the pipe.
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -165,14 +155,14 @@ class Run:
         return True
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit code, negative for a signal; None if it did not end in time."""
+        """Waits for the exit code, negative for a signal; None if it does not end in time."""
         code, deadline = None, time.monotonic() + seconds
         while code is None and time.monotonic() < deadline:
             process, status = os.waitpid(self.process, os.WNOHANG)
             if process:
                 code = os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
-        # Other processes and workers of it that are left.
+        # Ends its other processes and workers.
         with suppress(ProcessLookupError):
             os.killpg(self.process, signal.SIGKILL)
         if code is None:
@@ -181,11 +171,11 @@ class Run:
         return code
 
 
-def rows(folder: Path) -> dict[tuple[int, str], str]:
-    """The values in a log by step and name.
+def logged_values(folder: Path) -> dict[tuple[int, str], str]:
+    """Reads the values in a log by step and name.
 
     Raises:
-        ValueError: If there are two for the same.
+        ValueError: If there are two values for one step and name.
     """
     values: dict[tuple[int, str], str] = {}
     path = folder / "metrics.csv"
@@ -206,19 +196,19 @@ def rows(folder: Path) -> dict[tuple[int, str], str]:
 
 
 def versions(folder: Path) -> list[Path]:
-    """The folders of the processes' logs, in order."""
-    found = (folder / "logs").glob("version_*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+    """Lists the folders of the processes' logs, in order."""
+    folders = (folder / "logs").glob("version_*")
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("version_")))
 
 
 def newest(folder: Path) -> Path | None:
-    """The ``last.ckpt`` of the last process that wrote one."""
+    """Returns the ``last.ckpt`` of the last process that wrote one."""
     paths = [version / "checkpoints" / "last.ckpt" for version in versions(folder)]
     return next((path for path in reversed(paths) if path.is_file()), None)
 
 
 def same(value: Any, expected: Any) -> bool:
-    """Whether two values of a checkpoint are equal, bit for bit."""
+    """Returns whether two values of a checkpoint are equal, bit for bit."""
     try:
         torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError:
@@ -227,7 +217,7 @@ def same(value: Any, expected: Any) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint does not load; None if it does."""
+    """Returns the reason why a checkpoint does not load; None if it does."""
     try:
         load_checkpoint(path)
     except ValueError as error:
@@ -236,20 +226,17 @@ def damage(path: Path) -> str | None:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """How the end of a run differs from that of the one that was not killed."""
-    one, other = (newest(place) for place in (folder, reference))
-    assert one is not None
-    assert other is not None
-    found, expected = load_checkpoint(one), load_checkpoint(other)
+    """Lists the differences between the end of a run and that of the uninterrupted run."""
+    paths = newest(folder), newest(reference)
+    actual, expected = (load_checkpoint(path) for path in paths if path)
     keys = ("state_dict", "optimizer_states", "global_step", "epoch")
-    problems = [f"{key} differs" for key in keys if not same(found[key], expected[key])]
+    problems = [f"{key} differs" for key in keys if not same(actual[key], expected[key])]
     log: dict[tuple[int, str], str] = {}
     for version in versions(folder):
-        own = rows(version)
-        if own:
-            begin = min(step for step, _ in own)
-            log = {key: value for key, value in log.items() if key[0] < begin} | own
-    complete = rows(versions(reference)[-1])
+        if values := logged_values(version):
+            begin = min(step for step, _ in values)
+            log = {key: value for key, value in log.items() if key[0] < begin} | values
+    complete = logged_values(versions(reference)[-1])
     if missing := sorted(complete.keys() - log.keys()):
         problems.append(f"the log lacks {len(missing)} values, of step {missing[0][0]} first")
     if wrong := sorted(key for key in complete.keys() & log.keys() if complete[key] != log[key]):
@@ -258,11 +245,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 class Setting:
-    """One way to train, and the run that nobody kills.
+    """Options of a training, and its uninterrupted run.
 
     Args:
         name: Of `SETTINGS`.
-        folder: Where the run goes.
+        folder: Folder of the run.
         steps: Steps from checkpoint to checkpoint.
     """
 
@@ -272,14 +259,15 @@ class Setting:
         folder.mkdir(parents=True)
         config = folder / "run.yaml"
         config.write_text(_RUN.replace("STEPS", str(steps)))
-        self.words = ["fit", "--config", str(config), f"{_CALLBACK}kills.Phases", *SETTINGS[name]]
+        self.words = ["fit", "--config", str(TINY), "--config", str(config)]
+        self.words += [f"{_CALLBACK}kills.Phases", *SETTINGS[name]]
         run = Run(folder, self.words)
         self.events = list(run.phases())
         if code := run.wait():
             raise RuntimeError(f"{name}: exit code {code}, see {folder / 'output.txt'}")
 
     def moment(self, draw: random.Random, phase: str) -> tuple[int, float]:
-        """After how many of the phase's events to kill, and how much later."""
+        """Draws after how many of the phase's events to kill, and how many seconds later."""
         at = [number for number, (name, _) in enumerate(self.events) if name == phase]
         event = draw.randrange(len(at))
         following = self.events[at[event] + 1 : at[event] + 2]
@@ -288,19 +276,17 @@ class Setting:
         return event, draw.uniform(0, gap)
 
 
-def killed_run(
-    setting: Setting, folder: Path, draw: random.Random, kills: int
-) -> list[dict[str, Any]]:
-    """Kills a run so many times, at most, and has it go on to its end; a row for each kill."""
+def measure(setting: Setting, folder: Path, draw: random.Random, kills: int) -> list[Row]:
+    """Kills a run up to a number of times, and resumes it to its end; returns a row per kill."""
     folder.mkdir(parents=True)
-    outcomes: list[dict[str, Any]] = []
+    rows: list[Row] = []
     problems: list[str] = []
     while True:
         words = list(setting.words)
         if last := newest(folder):
             words += ["--ckpt_path", str(last)]
         run = Run(folder, words)
-        if len(outcomes) < kills:
+        if len(rows) < kills:
             phase = draw.choice(PHASES)
             number = draw.choice([signal.SIGKILL, signal.SIGTERM])
             event, delay = setting.moment(draw, phase)
@@ -312,7 +298,7 @@ def killed_run(
             code = run.wait()
             row = {"setting": setting.name, "phase": phase, "signal": number.name, "exit": code}
             if killed and code != 0:
-                outcomes.append(row)
+                rows.append(row)
                 if code is None:
                     problems.append("it did not end")
                 elif code not in (-number, 128 + number):  # the former while it starts or ends
@@ -328,49 +314,51 @@ def killed_run(
         else:
             problems.append(f"the resumed run ended with exit code {code}")
         break
-    outcome = "; ".join(problems) or "the uninterrupted run"
-    return [row | {"outcome": outcome, "run": folder.name} for row in outcomes]
+    outcome = "; ".join(problems) or UNINTERRUPTED
+    return [row | {"outcome": outcome} for row in rows]
+
+
+def table(result: Result) -> str:
+    """Tabulates the kills of each setting, and those whose run ended as the uninterrupted one."""
+    kills = Counter(row["setting"] for row in result["rows"])
+    same_end = Counter(row["setting"] for row in result["rows"] if row["outcome"] == UNINTERRUPTED)
+    rows = [[name, str(count), str(same_end[name])] for name, count in kills.items()]
+    return with_source(markdown(["setting", "kills", "same end"], rows), result)
 
 
 def main() -> None:
     """Kills runs until there are enough kills."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__, only=SETTINGS)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--kills-per-run", type=int, default=3)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=3, help="from checkpoint to checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    done = json.loads(Path(args.out).read_text())["rows"] if Path(args.out).is_file() else []
+    file = ResultFile(args, resume=True, selecting=["only", "kills"])
     folder = Path(tempfile.mkdtemp(prefix="teamnet-kills-"))
+    names = args.only or list(SETTINGS)
     settings: dict[str, Setting] = {}
-    number = 1 + max((row["number"] for row in done), default=-1)
-    while len(done) < args.kills:
-        name = args.settings[number % len(args.settings)]
+    number = 1 + max((row["number"] for row in file.rows), default=-1)
+    while len(file.rows) < args.kills:
+        name = names[number % len(names)]
         if name not in settings:
             settings[name] = Setting(name, folder / "reference" / name, args.steps)
         draw = random.Random(f"{args.seed} {number}")
-        kills = min(args.kills_per_run, args.kills - len(done))
+        kills = min(args.kills_per_run, args.kills - len(file.rows))
         run = folder / str(number)
-        found = killed_run(settings[name], run, draw, kills)
-        for row in found:
-            row |= {"number": number}
-            del row["run"]
-        done += found
-        save_results(args, done)
-        for row in found:
+        rows = [row | {"number": number} for row in measure(settings[name], run, draw, kills)]
+        file.add(rows)
+        for row in rows:
             print(*row.values(), sep=", ", flush=True)
-        if all(row["outcome"] == "the uninterrupted run" for row in found):
+        if all(row["outcome"] == UNINTERRUPTED for row in rows):
             shutil.rmtree(run)
         else:
             print(f"see {run}", flush=True)
         number += 1
-    failed = [row for row in done if row["outcome"] != "the uninterrupted run"]
-    print(f"{len(done)} kills, {len(failed)} of them in runs that did not end as they should")
-    sys.exit(bool(failed))
+    print(table(file.result))
+    sys.exit(any(row["outcome"] != UNINTERRUPTED for row in file.rows))
 
 
 if __name__ == "__main__":

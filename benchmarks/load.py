@@ -1,9 +1,9 @@
-"""A server that gets more requests than its deepest depth can answer.
+"""A server under more requests than its deepest depth can answer.
 
-`teamnet serve` runs twice in turn, with all depths and with the deepest alone, on one thread. The
-rate that the deepest alone keeps up with is measured first; then requests come at one, two and four
-times that rate, at random moments, whether or not earlier ones are answered. Client and server
-share the machine, over its loopback. Example::
+`teamnet serve` runs on one thread, first with only the deepest depth and then with all depths. The
+rate that the deepest depth keeps up with is measured first. Then requests arrive at one, two and
+four times that rate, at random moments, whether or not earlier ones have been answered. Client and
+server share the machine, over its loopback. Example::
 
     python benchmarks/load.py --out benchmarks/results/load.json --picture docs/load.png
 """
@@ -29,22 +29,30 @@ from typing import Any
 
 import httpx2
 import numpy as np
+from harness import (
+    Result,
+    ResultFile,
+    Row,
+    argument_parser,
+    depth_shares,
+    markdown,
+    with_source,
+)
 from matplotlib.figure import Figure
 from PIL import Image
-from results_file import save_results
 
 from teamnet_pl.deploy import Teammate
 
-METHODS = {"budget": "all depths", "fixed": "the deepest depth alone"}
+METHODS = {"budget": "all depths", "fixed": "the deepest depth"}
 
 
 def teamnet(*words: Any) -> list[str]:
-    """A command of the package."""
+    """Makes the words of a command of the package."""
     return [sys.executable, "-m", "teamnet_pl", *map(str, words)]
 
 
 def train(args: argparse.Namespace, folder: Path) -> Path:
-    """A checkpoint of a net that has seen one batch: only its times matter here."""
+    """Makes a checkpoint of a net that has seen one batch: only its times matter here."""
     words = ["--data", "Digits", "--data.init_args.image_size", args.size]
     words += ["--data.init_args.batch_size", 8, "--model.a.name", args.backbone]
     words += ["--model.a.depths", args.depths, "--model.leader", "null", "--model.b", "null"]
@@ -57,7 +65,7 @@ def train(args: argparse.Namespace, folder: Path) -> Path:
 
 @contextmanager
 def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Iterator[str]:
-    """A server process; yields its address."""
+    """Starts a server, and yields its address."""
     words = ["--ckpt_path", checkpoint, "--depths", json.dumps(depths), "--port", 0]
     words += ["--budget_ms", args.budget_ms, "--max_batch_size", args.batch_size]
     log = checkpoint.parent / "log"
@@ -66,19 +74,19 @@ def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Ite
         process = subprocess.Popen(teamnet("serve", *words), stderr=file, env=environment)
     try:
         for _ in range(1200):
-            if found := re.search(r"running on (\S+)", log.read_text()):
+            if match := re.search(r"running on (\S+)", log.read_text()):
                 break
             time.sleep(0.1)
         else:
             sys.exit(f"The server did not start: {log.read_text()}")
-        yield found[1]
+        yield match[1]
     finally:
         process.terminate()
         process.wait(60)
 
 
 def png(size: int) -> bytes:
-    """An image file."""
+    """Makes an image file."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, size), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -86,7 +94,7 @@ def png(size: int) -> bytes:
 
 
 class Client:
-    """Sends requests and keeps what became of each: status, latency in ms, depth."""
+    """Sends requests, and keeps status, latency in ms and depth of each."""
 
     def __init__(self, address: str, image: bytes) -> None:
         self.address = address
@@ -94,6 +102,7 @@ class Client:
         self.done: list[tuple[int | str, float, str]] = []
 
     async def send(self, client: httpx2.AsyncClient) -> None:
+        """Sends one request."""
         begin = time.perf_counter()
         try:
             answer = await client.post(f"{self.address}/predict", content=self.image)
@@ -104,7 +113,7 @@ class Client:
         self.done.append((status, 1000 * (time.perf_counter() - begin), depth))
 
     async def without_pause(self, seconds: float, workers: int) -> float:
-        """As many requests as are answered, some at once; returns how many each second."""
+        """Sends the next request after each answer; returns the answers per second."""
         async with self._connections() as client:
             until = time.perf_counter() + seconds
 
@@ -118,7 +127,7 @@ class Client:
             return answered / (time.perf_counter() - begin)
 
     async def at_rate(self, rate: float, seconds: float) -> float:
-        """Requests at random moments; returns the seconds until the last is answered."""
+        """Sends requests at random moments; returns the seconds until the last is answered."""
         moments = random.Random(0)
         async with self._connections() as client:
             begin = due = time.perf_counter()
@@ -130,7 +139,7 @@ class Client:
             return time.perf_counter() - begin
 
     def _connections(self) -> httpx2.AsyncClient:
-        # The server closes connections that have nothing to do after five seconds.
+        # The server closes idle connections after five seconds.
         limits = httpx2.Limits(
             max_connections=400, max_keepalive_connections=400, keepalive_expiry=2
         )
@@ -138,14 +147,14 @@ class Client:
 
 
 def requests_by_status(address: str) -> dict[str, int]:
-    """What the server itself has counted."""
+    """Reads the server's counts of requests."""
     text = httpx2.get(f"{address}/metrics").text
-    found = re.findall(r'^teamnet_requests_total{status="(\d+)"} (\S+)', text, re.MULTILINE)
-    return {status: int(float(count)) for status, count in found}
+    counts = re.findall(r'^teamnet_requests_total{status="(\d+)"} (\S+)', text, re.MULTILINE)
+    return {status: int(float(count)) for status, count in counts}
 
 
-def measure(args: argparse.Namespace, address: str, multiple: float, rate: float) -> dict[str, Any]:
-    """A row of the table."""
+def measure_rate(args: argparse.Namespace, address: str, multiple: float, rate: float) -> Row:
+    """Sends requests at a multiple of a rate, and counts the outcomes."""
     before = Counter(requests_by_status(address))
     client = Client(address, png(args.size))
     seconds = asyncio.run(client.at_rate(multiple * rate, args.seconds))
@@ -171,8 +180,65 @@ def measure(args: argparse.Namespace, address: str, multiple: float, rate: float
     }
 
 
-def draw(result: dict[str, Any]) -> Figure:
-    """Answers in time each second, and their latency, by the rate of requests."""
+def measure_capacity(args: argparse.Namespace, address: str) -> float:
+    """Measures the rate of requests that a server keeps up with."""
+    client = Client(address, png(args.size))
+    asyncio.run(client.without_pause(args.seconds / 4, args.batch_size))  # warms up
+    client.done.clear()
+    return asyncio.run(client.without_pause(args.seconds / 2, args.batch_size))
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields a row for each server and rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = train(args, Path(folder))
+        depths = [depth.name for depth in Teammate.from_checkpoint(checkpoint).depths]
+        capacity = 0.0
+        for method, served in {"fixed": depths[:1], "budget": depths}.items():
+            with server(args, checkpoint, served) as address:
+                if method == "fixed":
+                    capacity = measure_capacity(args, address)
+                for multiple in args.multiples:
+                    row = measure_rate(args, address, multiple, capacity)
+                    yield {"method": method, "capacity_per_second": capacity, **row}
+
+
+def line(row: Row) -> str:
+    """Summarizes a row."""
+    p99 = "" if row["p99_ms"] is None else f", p99 {row['p99_ms']:.0f} ms"
+    return (
+        f"{row['method']:6} {row['multiple']:g}x: {row['sent_per_second']:.0f} requests/s, "
+        f"{row['in_time_per_second']:.0f} answered in time, {row['refused']:.0%} refused, "
+        f"{row['lost']} lost{p99}, {depth_shares(row['depths'])}"
+    )
+
+
+def table(result: Result) -> str:
+    """Tabulates the outcomes of the requests of each server and rate."""
+    header = [
+        "server with", "rate", "requests/s", "answers/s", "answers in time/s", "refused", "lost",
+        "p99, ms", "depths",
+    ]  # fmt: skip
+    rows = [
+        [
+            METHODS[row["method"]],
+            f"{row['multiple']:g}x",
+            f"{row['sent_per_second']:.0f}",
+            f"{row['answered_per_second']:.0f}",
+            f"{row['in_time_per_second']:.0f}",
+            f"{row['refused']:.1%}",
+            str(row["lost"]),
+            "" if row["p99_ms"] is None else f"{row['p99_ms']:.0f}",
+            depth_shares(row["depths"]),
+        ]
+        for row in result["rows"]
+    ]
+    budget = f"Budget: {result['settings']['budget_ms']:.0f} ms."
+    return with_source(f"{markdown(header, rows)}\n\n{budget}", result)
+
+
+def draw(result: Result) -> Figure:
+    """Draws the answers in time per second, and their latency, by the rate of requests."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     answers, latency = figure.subplots(1, 2)
     for method, color in (("fixed", "tab:red"), ("budget", "tab:blue")):
@@ -195,43 +261,21 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Measures both servers and writes what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures both servers."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--backbone", default="torchvision/resnet50")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=64, help="of the images, in pixels")
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--budget-ms", type=float, default=500)
-    parser.add_argument("--multiples", type=float, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--multiples", type=float, nargs="+", default=[1, 2, 4], help="of the rate")
     parser.add_argument("--seconds", type=float, default=20, help="of each rate")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--picture")
+    parser.add_argument("--picture", help="file of a picture to draw")
     args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = train(args, Path(folder))
-        depths = [depth.name for depth in Teammate.from_checkpoint(checkpoint).depths]
-        choices = {"fixed": depths[:1], "budget": depths}
-        for method, own in choices.items():
-            with server(args, checkpoint, own) as address:
-                client = Client(address, png(args.size))
-                if method == "fixed":
-                    asyncio.run(client.without_pause(args.seconds / 4, args.batch_size))  # warms up
-                    client.done.clear()
-                    rate = asyncio.run(client.without_pause(args.seconds / 2, args.batch_size))
-                for multiple in args.multiples:
-                    row = measure(args, address, multiple, rate)
-                    rows.append({"method": method, "capacity_per_second": rate, **row})
-                    print(
-                        f"{method:6} {multiple:g}x: {row['sent_per_second']:.0f} requests/s, "
-                        f"{row['in_time_per_second']:.0f} answered in time, "
-                        f"{row['refused']:.0%} refused, {row['lost']} lost, "
-                        f"p99 {row['p99_ms']:.0f} ms, {row['depths']}",
-                        flush=True,
-                    )
-    save_results(args, rows, f"{os.cpu_count()} CPU cores")
+    file = ResultFile(args, f"{os.cpu_count()} CPU cores")
+    file.write(measure(args), line)
     if args.picture:
-        draw(json.loads(Path(args.out).read_text())).savefig(args.picture, dpi=110)
+        draw(file.result).savefig(args.picture, dpi=110)
 
 
 if __name__ == "__main__":

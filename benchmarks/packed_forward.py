@@ -1,9 +1,10 @@
-"""The packed step against the usual loop of one forward and backward for each depth.
+"""Speed and memory of the packed step, against a loop of one forward and backward for each depth.
 
 The loop, the packed step and the packed step with gradient checkpointing run in turn in one
-process, in training mode. Compared are medians, and peaks of memory for tensors beyond the net and
-its batch. Two ratios tell how much there is to gain: that of skippable blocks run, and that of all
-arithmetic (what is not skippable runs for every stream). The second is the ceiling. Example::
+process, in training mode. The table compares medians of their times, and peaks of the memory of all
+tensors other than the net and its batch. Two ratios bound the gain: that of the skippable blocks
+that run, and that of all arithmetic (layers that cannot be skipped run for every stream). The
+second one is the ceiling. Example::
 
     python benchmarks/packed_forward.py --out benchmarks/results/packed_forward.json
 """
@@ -15,13 +16,24 @@ import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from results_file import processor, save_results
+from harness import (
+    Result,
+    ResultFile,
+    Row,
+    argument_parser,
+    in_turn,
+    markdown,
+    processor,
+    selected,
+    with_source,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,117 +84,141 @@ class Steps:
         self.labels = torch.randint(0, 10, (args.batch_size,), device=args.device)
 
     def loop(self) -> None:
-        """The usual way."""
+        """Runs one depth after the other."""
         self.net.zero_grad()
         for depth in self.net.depths:
             with self.net.at(depth):
                 F.cross_entropy(self.net(self.images), self.labels).backward()
 
     def packed(self) -> None:
-        """All depths in one pass."""
+        """Runs all depths in one pass."""
         self.net.zero_grad()
         logits = self.net.packed(self.images)
         depths = len(self.net.depths)
         (F.cross_entropy(logits.flatten(0, 1), self.labels.repeat(depths)) * depths).backward()
 
 
-def all_steps(args: argparse.Namespace, case: Case) -> dict[str, Callable[[], None]]:
-    """What is measured, by its name."""
-    steps = Steps(args, case)
-    checkpointed = Steps(args, case, grad_checkpointing=True)
-    return {"loop": steps.loop, "packed": steps.packed, "checkpointed": checkpointed.packed}
-
-
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Wall time of one step."""
+def milliseconds(step: Callable[[], None], device: str) -> float:
+    """Measures the wall time of one step."""
     begin = time.perf_counter()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return 1000 * (time.perf_counter() - begin)
 
 
 def arithmetic(step: Callable[[], None]) -> int:
-    """Floating-point operations of one step."""
+    """Counts the floating-point operations of one step."""
     # The counter does not know fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
-def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """A row of the table."""
-    methods = all_steps(args, case)
-    net = Steps(args, case).net
-    forks = [f.fork for f in net._forwards.values() if isinstance(f, SkippableForward)]
-    operations = {method: arithmetic(methods[method]) for method in ("loop", "packed")}
-    times: dict[str, list[float]] = {method: [] for method in methods}
-    for turn in range(args.repeats + 1):
-        for method, step in methods.items():
-            taken = seconds(step, args.device)
-            if turn:  # the first one warms up
-                times[method].append(taken)
-    device = torch.device(args.device)
-    memory = {method: peak_bytes(step, device) for method, step in methods.items()}
-    median = {method: statistics.median(found) for method, found in times.items()}
+def measure_net(args: argparse.Namespace, case: Case) -> Row:
+    """Measures one net."""
+    plain, checkpointed = Steps(args, case), Steps(args, case, grad_checkpointing=True)
+    steps = {"loop": plain.loop, "packed": plain.packed, "checkpointed": checkpointed.packed}
+    operations = {name: arithmetic(steps[name]) for name in ("loop", "packed")}
+    measurements = {name: partial(milliseconds, step, args.device) for name, step in steps.items()}
+    in_turn(measurements, 1)  # warms up
+    times = in_turn(measurements, args.repeats)
+    memory = {name: peak_bytes(step, torch.device(args.device)) for name, step in steps.items()}
+    median = {name: statistics.median(values) for name, values in times.items()}
     speedup = median["loop"] / median["packed"]
     ceiling = operations["loop"] / operations["packed"]
     return {
         "net": case.title,
         "size": case.size,
-        "blocks_per_stage": [list(depth.per_stage) for depth in net.depths],
-        "loop_ms": [1000 * t for t in times["loop"]],
-        "packed_ms": [1000 * t for t in times["packed"]],
-        "checkpointed_ms": [1000 * t for t in times["checkpointed"]],
+        "blocks_per_stage": [list(depth.per_stage) for depth in plain.net.depths],
+        **{f"{name}_ms": values for name, values in times.items()},
         "speedup": speedup,
-        "blocks_ratio": sum(d.num_blocks for d in net.depths)
-        / sum(fork.num_running for fork in forks),
+        "blocks_ratio": blocks_ratio(plain.net),
         "ceiling": ceiling,
         "share_of_ceiling": speedup / ceiling,
         "checkpointed_time_ratio": median["checkpointed"] / median["packed"],
-        "loop_bytes": memory["loop"],
-        "packed_bytes": memory["packed"],
-        "checkpointed_bytes": memory["checkpointed"],
+        **{f"{name}_bytes": peak for name, peak in memory.items()},
         "memory_ratio": memory["packed"] / memory["loop"],
         "checkpointed_memory_ratio": memory["checkpointed"] / memory["packed"],
     }
 
 
+def blocks_ratio(net: ElasticNet) -> float:
+    """Divides the number of skippable blocks that the loop runs by that of the packed step."""
+    forwards = [f for f in net._forwards.values() if isinstance(f, SkippableForward)]
+    return sum(depth.num_blocks for depth in net.depths) / sum(
+        forward.fork.num_running for forward in forwards
+    )
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields a row for each net."""
+    for case in selected(CASES, args.only):
+        yield measure_net(args, case)
+
+
+def line(row: Row) -> str:
+    """Summarizes a row."""
+    return (
+        f"{row['net']:18} speed-up {row['speedup']:.2f} of at most {row['ceiling']:.2f} "
+        f"({row['share_of_ceiling']:.0%}), blocks {row['blocks_ratio']:.2f}, memory times "
+        f"{row['memory_ratio']:.2f}; with checkpointing time times "
+        f"{row['checkpointed_time_ratio']:.2f}, memory times {row['checkpointed_memory_ratio']:.2f}"
+    )
+
+
+def table(result: Result) -> str:
+    """Tabulates the times and ratios of each net."""
+    header = [
+        "net", "loop, ms", "packed, ms", "speed-up", "ceiling", "speed-up / ceiling",
+        "blocks run: loop / packed", "peak memory: packed / loop",
+        "time: with / without checkpointing", "memory: with / without",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{row['net']}, {row['size']}²",
+            f"{statistics.median(row['loop_ms']):.0f}",
+            f"{statistics.median(row['packed_ms']):.0f}",
+            f"**{row['speedup']:.2f}**",
+            f"{row['ceiling']:.2f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['blocks_ratio']:.2f}",
+            f"{row['memory_ratio']:.2f}",
+            f"{row['checkpointed_time_ratio']:.2f}",
+            f"{row['checkpointed_memory_ratio']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return with_source(markdown(header, rows), result)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory, as CUDA's caching allocator does.
+
+    By default it returns large tensors to the system, and each of their pages is mapped anew.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def main() -> None:
-    """Measures all nets and writes what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures all nets."""
+    parser = argument_parser(
+        __doc__,
+        only=[case.title for case in CASES],
+        repeats=7,
+        threads=torch.get_num_threads(),
+        device=True,
+    )
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--policy", default="last_stage_first")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    titles = [case.title for case in CASES]
-    parser.add_argument("--only", nargs="+", choices=titles, default=titles, metavar="TITLE")
-    parser.add_argument("--out", required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.device == "cpu" and platform.system() == "Linux":
-        # Keep freed memory, as CUDA's caching allocator does: by default glibc hands large tensors
-        # back to the system and pays for every page anew.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-    rows = []
-    for case in CASES:
-        if case.title not in args.only:
-            continue
-        rows.append(row := measure(args, case))
-        print(
-            f"{row['net']:18} {row['speedup']:.2f} times as fast, ceiling {row['ceiling']:.2f} "
-            f"({row['share_of_ceiling']:.0%}), blocks {row['blocks_ratio']:.2f}, "
-            f"memory {row['memory_ratio']:.2f} times; with checkpointing "
-            f"{row['checkpointed_time_ratio']:.2f} times the time, "
-            f"{row['checkpointed_memory_ratio']:.2f} times the memory",
-            flush=True,
-        )
-    save_results(args, rows, processor(args))
+        keep_freed_memory()
+    ResultFile(args, processor(args)).write(measure(args), line)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One net on one core while another process takes half of it: a budget against a fixed depth.
+"""Latency on a core that another process competes for: a budget against a fixed depth.
 
-Requests follow each other without a pause. In the second third of the time a process that does
-nothing but count runs on the same core. The same is measured once with a budget for each request,
-and once at the deepest depth. Linux only. Example::
+Each request follows the previous one without a pause. In the second of three phases, a process that
+is always busy runs on the same core. All phases run once with a budget for each request, and once
+at the deepest depth. Linux only. Example::
 
     python benchmarks/stress.py --out benchmarks/results/stress.json --picture docs/stress.png
 """
@@ -10,7 +10,6 @@ and once at the deepest depth. Linux only. Example::
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,39 +21,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import (
+    Result,
+    ResultFile,
+    Row,
+    argument_parser,
+    depth_shares,
+    markdown,
+    with_source,
+)
 from matplotlib.figure import Figure
-from results_file import save_results
 
 from teamnet_pl.backbones import BackboneConfig, create_backbone
 from teamnet_pl.deploy import Predictor, Preprocessing
 from teamnet_pl.elastic import ElasticNet
 
 PHASES = ("before", "load", "after")
+METHODS = {"budget": "a budget", "fixed": "the deepest depth"}
 
 
 def make_predictor(args: argparse.Namespace) -> tuple[Predictor, dict[str, float]]:
-    """The net, and what it took to have its depths side by side."""
+    """Makes the predictor, and measures the cost of the views of its depths."""
     torch.manual_seed(0)
     backbone = create_backbone(BackboneConfig(args.backbone), num_classes=10, in_channels=3)
     shape = (3, args.size, args.size)
     net = ElasticNet(backbone, shape, depths=args.depths).eval()
     begin = time.perf_counter()
     views = [net.view(depth) for depth in net.depths]
-    taken = time.perf_counter() - begin
+    views_ms = 1000 * (time.perf_counter() - begin)
     shared = {tensor.data_ptr() for tensor in tensors(net)}
     copied = (t.nbytes for view in views for t in tensors(view) if t.data_ptr() not in shared)
-    price = {"views": len(views), "views_ms": 1000 * taken, "views_bytes": sum(copied)}
-    return Predictor(net, Preprocessing(shape, [0.5] * 3, [0.25] * 3)), price
+    costs = {"views": len(views), "views_ms": views_ms, "views_bytes": sum(copied)}
+    return Predictor(net, Preprocessing(shape, [0.5] * 3, [0.25] * 3)), costs
 
 
 def tensors(net: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Weights and statistics."""
+    """Yields weights and statistics."""
     yield from net.parameters()
     yield from net.buffers()
 
 
 def choice_us(predictor: Predictor, repeats: int = 10_000) -> float:
-    """Microseconds that choosing another depth takes, without running it."""
+    """Measures the microseconds that the choice of another depth takes, without running it."""
     budgets = [predictor.controller.estimate_ms(depth) * 1.2 for depth in predictor.depths]
     begin = time.perf_counter()
     for i in range(repeats):
@@ -62,57 +70,103 @@ def choice_us(predictor: Predictor, repeats: int = 10_000) -> float:
     return 1e6 * (time.perf_counter() - begin) / repeats
 
 
-class Other:
-    """A process that takes what it gets of a core."""
+class Competitor:
+    """A process that keeps a core busy."""
 
     def __init__(self, core: int) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         os.sched_setaffinity(self.process.pid, {core})
 
     def seconds(self) -> float:
-        """Time that it has been running on the core."""
+        """Reads the time for which it has been running on the core."""
         return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def stop(self) -> None:
+        """Ends the process."""
         self.process.kill()
         self.process.wait()
 
 
-def run(args: argparse.Namespace, predictor: Predictor, **budget: Any) -> list[dict[str, Any]]:
-    """Three phases of requests; a row for each phase."""
+def measure_phases(args: argparse.Namespace, predictor: Predictor, **request: Any) -> Iterator[Row]:
+    """Sends requests in three phases; yields a row for each phase."""
     image = np.random.default_rng(0).integers(0, 256, (args.size, args.size, 3), dtype=np.uint8)
-    rows = []
     origin = time.perf_counter()
     for phase in PHASES:
-        other = Other(args.core) if phase == "load" else None
+        competitor = Competitor(args.core) if phase == "load" else None
         begin = time.perf_counter()
         at, depths, latency = [], [], []
         while time.perf_counter() - begin < args.seconds:
-            found = predictor.predict(image, **budget)
+            prediction = predictor.predict(image, **request)
             at.append(round(time.perf_counter() - origin, 4))
-            depths.append(found.depth)
-            latency.append(round(found.latency_ms, 3))
-        taken = other.seconds() / (time.perf_counter() - begin) if other else 0.0
-        if other:
-            other.stop()
-        rows.append(
-            {
-                "phase": phase,
-                "share_of_other": taken,
-                "requests": len(at),
-                "median_ms": float(np.median(latency)),
-                "p95_ms": float(np.percentile(latency, 95)),
-                "misses": float(np.mean(np.array(latency) > args.budget_ms)),
-                "switches": sum(a != b for a, b in pairwise(depths)),
-                "depths": {d: depths.count(d) / len(depths) for d in predictor.depths},
-                "trace": {"at": at, "depth": depths, "latency_ms": latency},
-            }
-        )
-    return rows
+            depths.append(prediction.depth)
+            latency.append(round(prediction.latency_ms, 3))
+        share = competitor.seconds() / (time.perf_counter() - begin) if competitor else 0.0
+        if competitor:
+            competitor.stop()
+        yield {
+            "phase": phase,
+            "competitor_share": share,
+            "requests": len(at),
+            "median_ms": float(np.median(latency)),
+            "p95_ms": float(np.percentile(latency, 95)),
+            "misses": float(np.mean(np.array(latency) > args.budget_ms)),
+            "switches": sum(a != b for a, b in pairwise(depths)),
+            "depths": {d: depths.count(d) / len(depths) for d in predictor.depths},
+            "trace": {"at": at, "depth": depths, "latency_ms": latency},
+        }
 
 
-def draw(result: dict[str, Any]) -> Figure:
-    """Load, depth and latency over time."""
+def measure(
+    args: argparse.Namespace, predictor: Predictor, costs: dict[str, float]
+) -> Iterator[Row]:
+    """Yields a row for each method and phase."""
+    requests: dict[str, dict[str, Any]] = {
+        "budget": {"budget_ms": args.budget_ms},
+        "fixed": {"depth": predictor.depths[0]},
+    }
+    for method, request in requests.items():
+        for row in measure_phases(args, predictor, **request):
+            yield {"method": method, **row, **costs}
+
+
+def line(row: Row) -> str:
+    """Summarizes a row."""
+    return (
+        f"{row['method']:7} {row['phase']:7} p95 {row['p95_ms']:.1f} ms, missed "
+        f"{row['misses']:.1%}, {row['switches']} switches, {depth_shares(row['depths'])}"
+    )
+
+
+def table(result: Result) -> str:
+    """Tabulates the latency of each method and phase."""
+    header = [
+        "request with", "phase", "core taken", "median, ms", "p95, ms", "over budget", "switches",
+        "depths",
+    ]  # fmt: skip
+    rows = [
+        [
+            METHODS[row["method"]],
+            row["phase"],
+            f"{row['competitor_share']:.0%}",
+            f"{row['median_ms']:.1f}",
+            f"{row['p95_ms']:.1f}",
+            f"{row['misses']:.1%}",
+            str(row["switches"]),
+            depth_shares(row["depths"]),
+        ]
+        for row in result["rows"]
+    ]
+    first = result["rows"][0]
+    costs = (
+        f"Budget: {result['settings']['budget_ms']:.1f} ms. Choosing a depth took "
+        f"{first['choice_us']:.1f} µs; the {first['views']} views took {first['views_ms']:.0f} ms "
+        f"to make and copied {first['views_bytes']} bytes of weights."
+    )
+    return with_source(f"{markdown(header, rows)}\n\n{costs}", result)
+
+
+def draw(result: Result) -> Figure:
+    """Draws load, depth and latency over time."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     load, depth, latency = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 3])
     names = list(result["rows"][0]["depths"])[::-1]
@@ -132,7 +186,7 @@ def draw(result: dict[str, Any]) -> Figure:
         if method == "budget":
             for row in rows:
                 ends = [row["trace"]["at"][0], row["trace"]["at"][-1]]
-                load.fill_between(ends, 100 * row["share_of_other"], color="0.7")
+                load.fill_between(ends, 100 * row["competitor_share"], color="0.7")
     latency.axhline(budget, color="black", lw=1, ls="--")
     load.set_ylabel("core taken, %")
     load.set_ylim(0, 100)
@@ -148,42 +202,27 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Measures both and writes what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures both methods."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--backbone", default="torchvision/resnet50")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=64, help="of the images, in pixels")
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20, help="of each phase")
     parser.add_argument("--slack", type=float, default=1.4, help="budget, as a multiple of the 95th percentile of the deepest depth alone")  # fmt: skip # noqa: E501
     parser.add_argument("--budget-ms", type=float, help="instead of --slack")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--picture")
+    parser.add_argument("--picture", help="file of a picture to draw")
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)
-    predictor, price = make_predictor(args)
+    predictor, costs = make_predictor(args)
+    costs["choice_us"] = choice_us(predictor)
     if args.budget_ms is None:
         args.budget_ms = args.slack * predictor.controller.estimate_ms(predictor.depths[0])
-    price["choice_us"] = choice_us(predictor)
-    budgets: dict[str, dict[str, Any]] = {
-        "budget": {"budget_ms": args.budget_ms},
-        "fixed": {"depth": predictor.depths[0]},
-    }
-    rows = [
-        {"method": method, **row, **price}
-        for method, budget in budgets.items()
-        for row in run(args, predictor, **budget)
-    ]
-    for row in rows:
-        print(
-            f"{row['method']:7} {row['phase']:7} p95 {row['p95_ms']:.1f} ms of "
-            f"{args.budget_ms:.1f} ms, missed {row['misses']:.1%}, {row['switches']} switches, "
-            f"{', '.join(f'{d} {share:.0%}' for d, share in row['depths'].items() if share)}"
-        )
-    save_results(args, rows, "1 CPU thread")
+    file = ResultFile(args, "1 CPU thread")
+    file.write(measure(args, predictor, costs), line)
     if args.picture:
-        draw(json.loads(Path(args.out).read_text())).savefig(args.picture, dpi=110)
+        draw(file.result).savefig(args.picture, dpi=110)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def test_onnx_files(script, tmp_path):
     assert [depth["blocks_per_stage"] for depth in row["depths"]] == [[3, 2, 2], [0, 0, 0]]
     for depth in row["depths"]:
         assert depth["largest_difference"] < 1e-4
-        assert len(depth["one_file_ms"]) == len(depth["own_file_ms"]) == len(depth["int8_ms"]) == 2
-        assert depth["int8_bytes"] < 0.5 * depth["own_file_bytes"]
+        assert len(depth["single_file_ms"]) == len(depth["separate_file_ms"]) == len(depth["int8_ms"]) == 2
+        assert depth["int8_bytes"] < 0.5 * depth["separate_file_bytes"]
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_stress(script, tmp_path):
     for row in rows:
         assert row["requests"] == len(row["trace"]["at"]) > 0
         assert sum(row["depths"].values()) == pytest.approx(1)
-        assert (row["share_of_other"] > 0) == (row["phase"] == "load")
+        assert (row["competitor_share"] > 0) == (row["phase"] == "load")
         assert row["method"] == "budget" or row["depths"]["d7"] == 1
         assert row["choice_us"] < 100
     assert picture.stat().st_size > 10_000
@@ -203,7 +203,7 @@ def test_compatibility_of_all(script, tmp_path, pytestconfig):
 def test_kills(script, tmp_path):
     out = tmp_path / "kills.json"
     settings = ["plain", "2 workers", "mixup", "EMA", "SWA"]
-    done = script("kills.py", "--kills", 10, "--settings", *settings, "--out", out)
+    done = script("kills.py", "--kills", 10, "--only", *settings, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) >= 10

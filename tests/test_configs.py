@@ -1,6 +1,7 @@
 """Every config under configs/ is accepted, and those that describe a whole run do run."""
 
 import gzip
+import re
 import struct
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def options_for(data, fashion_mnist):
 def test_there_are_configs():
     assert len(RUNS) >= 2
     assert len(PARTS) >= 10
+
+
+@pytest.mark.parametrize("path", [*RUNS, *PARTS], ids=name)
+def test_the_first_line_is_one_sentence(path):
+    first, _, _ = path.read_text().partition("\n")
+    assert re.fullmatch(r"# [A-Z].{9,}[^.]\.", first)
+    assert ". " not in first
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)

@@ -1,22 +1,8 @@
-"""Configs and user code of small runs of the command line."""
+"""Config and user code of small runs of the command line."""
 
-TINY = """
-data:
-  class_path: Digits
-  init_args: {batch_size: 32, train_transform: []}
-model:
-  leader: {options: {width: 4}}
-  a: {options: {width: 4}, depths: 3}
-  b: {options: {width: 4}, depths: 3, interleaved: true}
-trainer:
-  accelerator: cpu
-  devices: 1
-  enable_model_summary: false
-  enable_progress_bar: false
-  limit_train_batches: 2
-  log_every_n_steps: 1
-  max_epochs: 1
-"""
+from pathlib import Path
+
+TINY = (Path(__file__).parents[2] / "benchmarks" / "tiny.yaml").read_text()
 
 OWN_NETS = '''
 from torch import nn
