@@ -1,17 +1,18 @@
 """Fixtures of all tests."""
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from teamnet_pl.cli import main
-from tests.helpers.runs import OWN_NETS, TINY
+from tests.helpers.runs import BEST, OWN_NETS, TINY, CommandLine
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny nets are slower on more, and much slower where processes share the cores."""
+def one_thread() -> Iterator[None]:
+    """Tiny nets are slower on more threads, and much slower where processes share the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -21,31 +22,24 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory):
-    """Runs the command line in a folder of its own, on tiny nets unless told otherwise."""
+def cli(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """The command line, on tiny nets."""
     config = tmp_path_factory.mktemp("config") / "tiny.yaml"
     config.write_text(TINY)
-
-    def run(folder, subcommand, *args, tiny=True):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            main([subcommand, *(["--config", str(config)] if tiny else []), *map(str, args)])
-
-    run.config = config
-    return run
+    return CommandLine(config)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(cli, tmp_path_factory):
-    """As `teamnet fit` leaves it: depths have their own statistics, per_depth.json lies beside."""
+def checkpoint(cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `teamnet fit`, with per_depth.json of the test split beside it."""
     folder = tmp_path_factory.mktemp("fitted")
     cli(folder, "fit", "--test_after_fit", "true")
-    return folder / "logs/version_0/checkpoints/best.ckpt"
+    return folder / BEST
 
 
 @pytest.fixture(scope="session")
-def own_nets(tmp_path_factory):
-    """Folder with a module ``own_nets``, on Python's path, as a user has one."""
+def own_nets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on Python's path with a user's own module, ``own_nets``."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_nets.py").write_text(OWN_NETS)
     sys.path.insert(0, str(folder))

@@ -22,17 +22,17 @@ def test_the_digest_of_saved_weights(tmp_path):
         {"b": torch.zeros(0)},
     ],
 )
-def test_other_weights_have_another_digest(change):
+def test_different_weights_have_different_digests(change):
     assert weights_digest(STATE | change) != weights_digest(STATE)
 
 
-def test_how_weights_lie_in_memory_does_not_matter():
+def test_the_memory_layout_of_weights_does_not_matter():
     assert weights_digest(STATE | {"a": STATE["a"].T.contiguous().T}) == weights_digest(STATE)
 
 
-@pytest.mark.fault("a byte of a checkpoint has flipped", "an error says so at load")
-def test_flipped_bytes_are_noticed(tmp_path):
-    """In the weights, wherever; torch.load alone takes them."""
+@pytest.mark.fault("a flipped bit in a checkpoint", "The error says that the file is damaged.")
+def test_flipped_bits_are_detected(tmp_path):
+    """Anywhere in the weights; torch.load alone accepts them."""
     path = tmp_path / "weights.pt"
     torch.save({"weights": torch.ones(1000)}, path)
     content = path.read_bytes()
@@ -46,9 +46,9 @@ def test_flipped_bytes_are_noticed(tmp_path):
             load_checkpoint(path)
 
 
-@pytest.mark.fault("a checkpoint is cut short", "an error says so at load")
+@pytest.mark.fault("a truncated checkpoint", "The error says that the file is damaged.")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_file_that_ends_too_early(tmp_path, share):
+def test_a_truncated_file_is_reported(tmp_path, share):
     path = tmp_path / "weights.pt"
     torch.save({"weights": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])

@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import subprocess
@@ -12,44 +11,26 @@ import yaml
 import teamnet_pl
 from teamnet_pl import Team
 from teamnet_pl.cli import main
+from tests.helpers.runs import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    error_of,
+    logged_metrics,
+    logged_rows,
+    of_split,
+    read_csv,
+    saved_config,
+    teamnet_command,
+)
 from tests.helpers.teams import make_digits, make_trainer
 
-OPTION = "--data.init_args.batch_size"
-BEST = "logs/version_0/checkpoints/best.ckpt"
-
-
-def metrics(folder, version="*"):
-    """The last value of each metric in the CSV log."""
-    (path,) = folder.glob(f"logs/version_{version}/metrics.csv")
-    found = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            found |= {name: float(value) for name, value in row.items() if value}
-    return found
-
-
-def config(folder, version="*"):
-    (path,) = folder.glob(f"logs/version_{version}/config.yaml")
-    return yaml.safe_load(path.read_text())
-
-
-def measured(found, split):
-    return {name: value for name, value in found.items() if name.startswith(f"{split}/")}
-
-
-def error_of(capsys, run) -> str:
-    """What a run that fails says, without line breaks."""
-    with pytest.raises(SystemExit) as exit_:
-        run()
-    assert exit_.value.code not in (0, None)
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return " ".join(message.split())
+BATCH_SIZE = "--data.init_args.batch_size"
 
 
 @pytest.fixture(scope="module")
 def fitted(cli, tmp_path_factory):
-    """Folder of a run of fit."""
+    """The folder of a run of `fit`, into which other tests write nothing but evaluations."""
     folder = tmp_path_factory.mktemp("fitted")
     cli(folder, "fit", "--test_after_fit", "true")
     return folder
@@ -61,82 +42,79 @@ def best(fitted):
 
 
 def test_fit_trains_validates_and_tests(fitted, best):
-    found = metrics(fitted)
-    assert found["step"] == 2
+    metrics = logged_metrics(fitted)
+    assert metrics["step"] == 2
     team = Team.load_from_checkpoint(best)
     data = make_digits(batch_size=50)
     trainer = make_trainer(fitted, limit_val_batches=1.0)
     for split, evaluate in (("val", trainer.validate), ("test", trainer.test)):
         (expected,) = evaluate(team, data, verbose=False)
-        assert measured(found, split) == pytest.approx(expected, abs=1e-5)
+        assert of_split(metrics, split) == pytest.approx(expected, abs=1e-5)
 
 
 def test_fit_keeps_the_best_and_the_last_checkpoint(fitted):
-    names = {path.name for path in fitted.glob("logs/version_0/checkpoints/*.ckpt")}
+    names = {path.name for path in fitted.glob(f"{CHECKPOINTS}/*.ckpt")}
     assert names == {"best.ckpt", "last.ckpt"}
 
 
-def test_best_is_by_the_mean_accuracy_over_depths(cli, tmp_path):
+def test_best_has_the_highest_mean_accuracy(cli, tmp_path):
     cli(tmp_path, "fit", "--trainer.max_epochs", 4, "--trainer.limit_train_batches", 8)
-    with open(tmp_path / "logs/version_0/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val/accuracy/mean"]]
-    accuracy = [float(row["val/accuracy/mean"]) for row in rows]
-    assert len(set(accuracy)) > 1
-    folder = tmp_path / "logs/version_0/checkpoints"
-    found = torch.load(folder / "best.ckpt", weights_only=True)
-    assert found["epoch"] == accuracy.index(max(accuracy))
-    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 3
+    values = [row["val/accuracy/mean"] for row in logged_rows(tmp_path)]
+    accuracies = [float(value) for value in values if value]
+    assert len(set(accuracies)) > 1
+    best = torch.load(tmp_path / BEST, weights_only=True)
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert torch.load(tmp_path / LAST, weights_only=True)["epoch"] == 3
 
 
 @pytest.mark.parametrize("option", ["--ckpt_path=", "--ckpt_path"])
 @pytest.mark.parametrize(("subcommand", "split"), [("test", "test"), ("validate", "val")])
-def test_a_checkpoint_is_all_that_test_needs(
+def test_a_checkpoint_alone_is_enough_to_evaluate(
     cli, fitted, best, tmp_path, subcommand, split, option
 ):
     args = [f"{option}{best}"] if option.endswith("=") else [option, best]
     cli(tmp_path, subcommand, *args, tiny=False)
-    expected = measured(metrics(fitted), split)
+    expected = of_split(logged_metrics(fitted), split)
     assert len(expected) > 20
-    assert measured(metrics(tmp_path), split) == pytest.approx(expected, abs=1e-5)
-    assert config(tmp_path)["data"]["init_args"]["batch_size"] == 32
+    assert of_split(logged_metrics(tmp_path), split) == pytest.approx(expected, abs=1e-5)
+    assert saved_config(tmp_path)["data"]["init_args"]["batch_size"] == 32
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_options_override_the_checkpoints_config(cli, best, tmp_path, first):
-    options, checkpoint = [OPTION, 48, "--model.label_smoothing", 0.2], ["--ckpt_path", best]
+    options, checkpoint = [BATCH_SIZE, 48, "--model.label_smoothing", 0.2], ["--ckpt_path", best]
     args = [*options, *checkpoint] if first else [*checkpoint, *options]
     cli(tmp_path, "test", *args, tiny=False)
-    found = config(tmp_path)
-    assert found["data"]["init_args"]["batch_size"] == 48
-    assert found["model"]["label_smoothing"] == 0.2
-    assert found["model"]["a"]["options"] == {"width": 4}
+    config = saved_config(tmp_path)
+    assert config["data"]["init_args"]["batch_size"] == 48
+    assert config["model"]["label_smoothing"] == 0.2
+    assert config["model"]["a"]["options"] == {"width": 4}
 
 
-def test_a_checkpoint_brings_values_that_are_null(cli, own_nets, tmp_path):
-    """Of which the default is another."""
+def test_a_checkpoint_restores_null_values(cli, own_nets, tmp_path):
+    """Also if their defaults are not null."""
     data = {"class_path": "own_nets.FewDigits", "init_args": {"keep": None}}
     options = ["--data", json.dumps(data), "--model.leader", "null"]
     cli(tmp_path, "fit", *options)
     trusted = ["--trust_import", "true"]  # the data module is not one of this package
     cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, *trusted, tiny=False)
-    assert config(tmp_path, version=1)["data"]["init_args"]["keep"] is None
-    found = measured(metrics(tmp_path, version=1), "test")
-    assert "test/accuracy/a/d7" in found
-    assert "test/accuracy/leader" not in found
+    assert saved_config(tmp_path, version=1)["data"]["init_args"]["keep"] is None
+    metrics = of_split(logged_metrics(tmp_path, version=1), "test")
+    assert "test/accuracy/a/d7" in metrics
+    assert "test/accuracy/leader" not in metrics
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists:UserWarning")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_the_saved_config_is_that_of_the_last_run_in_a_folder(cli, tmp_path):
     for size in (20, 30):
-        cli(tmp_path, "fit", "--trainer.logger.init_args.version", 0, OPTION, size)
-    assert config(tmp_path)["data"]["init_args"]["batch_size"] == 30
+        cli(tmp_path, "fit", "--trainer.logger.init_args.version", 0, BATCH_SIZE, size)
+    assert saved_config(tmp_path)["data"]["init_args"]["batch_size"] == 30
 
 
 def test_predict_writes_the_labels_of_every_member(cli, best, tmp_path):
     cli(tmp_path, "predict", "--ckpt_path", best, tiny=False)
-    with open(best.parent / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(best.with_name("predictions.csv"))
     data = make_digits(batch_size=400)
     data.setup("predict")
     images = data.normalize(next(iter(data.predict_dataloader()))[0])
@@ -152,12 +130,11 @@ def test_fit_resumes_with_the_team_and_data_of_the_checkpoint(cli, best, tmp_pat
     last = best.with_name("last.ckpt")
     options = ["--trainer", json.dumps(trainer), "--test_after_fit", "false"]
     cli(tmp_path, "fit", "--ckpt_path", last, *options, tiny=False)
-    found = config(tmp_path)
-    assert found["model"]["b"]["depths"] == 3
-    assert found["data"]["init_args"]["batch_size"] == 32
-    assert metrics(tmp_path)["step"] == 3
-    folder = tmp_path / "logs/version_0/checkpoints"
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    config = saved_config(tmp_path)
+    assert config["model"]["b"]["depths"] == 3
+    assert config["data"]["init_args"]["batch_size"] == 32
+    assert logged_metrics(tmp_path)["step"] == 3
+    checkpoint = torch.load(tmp_path / LAST, weights_only=True)
     assert checkpoint["epoch"] == 1
     assert checkpoint["global_step"] == 4
 
@@ -168,52 +145,52 @@ def test_fit_resumes_from_the_last_checkpoint_of_its_folder(cli, tmp_path):
     cli(tmp_path, "fit", *options[:2], *options[4:], 1)
     cli(tmp_path, "fit", *options, 2)
     assert torch.load(tmp_path / "kept/last.ckpt", weights_only=True)["global_step"] == 4
-    assert metrics(tmp_path, version=1)["step"] == 3
+    assert logged_metrics(tmp_path, version=1)["step"] == 3
 
 
-def test_a_config_may_stand_before_the_subcommand(cli, best, tmp_path):
+def test_a_config_before_the_subcommand(cli, best, tmp_path):
     (tmp_path / "top.yaml").write_text("test: {trainer: {limit_test_batches: 1}}")
     cli(tmp_path, "--config", "top.yaml", "test", "--ckpt_path", best, tiny=False)
-    assert config(tmp_path)["trainer"]["limit_test_batches"] == 1
-    assert config(tmp_path)["model"]["a"]["options"] == {"width": 4}
-    assert "test/accuracy/mean" in metrics(tmp_path)
+    assert saved_config(tmp_path)["trainer"]["limit_test_batches"] == 1
+    assert saved_config(tmp_path)["model"]["a"]["options"] == {"width": 4}
+    assert "test/accuracy/mean" in logged_metrics(tmp_path)
 
 
-def test_the_team_that_a_checkpoint_holds_may_have_started_from_a_file(cli, best, tmp_path):
+def test_a_checkpoint_does_not_need_the_file_of_initial_weights(cli, best, tmp_path):
     start = tmp_path / "start.ckpt"
     start.write_bytes(best.read_bytes())
     options = ["--model.leader.checkpoint", start, "--model.leader.checkpoint_prefix", "leader."]
     cli(tmp_path, "fit", *options)
     start.unlink()
     cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
-    assert "test/accuracy/leader" in metrics(tmp_path, version=1)
+    assert "test/accuracy/leader" in logged_metrics(tmp_path, version=1)
 
 
 def test_print_config_round_trips(cli, capsys, tmp_path):
-    options = ["--model.a.depths", "[7, 3]", "--model.leader", "null", OPTION, 7]
+    options = ["--model.a.depths", "[7, 3]", "--model.leader", "null", BATCH_SIZE, 7]
     with pytest.raises(SystemExit):
         cli(tmp_path, "fit", *options, "--print_config")
     printed = capsys.readouterr().out
-    found = yaml.safe_load(printed)
-    assert found["model"]["a"]["depths"] == [7, 3]
-    assert found["model"]["leader"] is None
-    assert found["data"]["init_args"]["batch_size"] == 7
+    config = yaml.safe_load(printed)
+    assert config["model"]["a"]["depths"] == [7, 3]
+    assert config["model"]["leader"] is None
+    assert config["data"]["init_args"]["batch_size"] == 7
     (tmp_path / "printed.yaml").write_text(printed)
     with pytest.raises(SystemExit):
         cli(tmp_path, "fit", "--config", "printed.yaml", "--print_config", tiny=False)
-    assert yaml.safe_load(capsys.readouterr().out) == found
+    assert yaml.safe_load(capsys.readouterr().out) == config
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_the_config_that_fit_saves_is_accepted_back(cli, fitted, tmp_path, subcommand):
+def test_the_config_saved_by_fit_is_accepted(cli, fitted, tmp_path, subcommand):
     (path,) = fitted.glob("logs/version_0/config.yaml")
     if subcommand == "test":
         cli(tmp_path, subcommand, "--config", path, "--trainer.limit_test_batches", 1, tiny=False)
-        assert "test/accuracy/mean" in metrics(tmp_path)
+        assert "test/accuracy/mean" in logged_metrics(tmp_path)
     elif subcommand == "fit":
         cli(tmp_path, subcommand, "--config", path, tiny=False)
-        assert config(tmp_path) == config(fitted)
-        assert metrics(tmp_path) == pytest.approx(metrics(fitted))
+        assert saved_config(tmp_path) == saved_config(fitted)
+        assert logged_metrics(tmp_path) == pytest.approx(logged_metrics(fitted))
     else:
         cli(tmp_path, subcommand, "--config", path, tiny=False)
 
@@ -224,14 +201,14 @@ def test_configs_compose_and_options_override(cli, capsys, tmp_path):
     options = ["--config", "first.yaml", "--config", "second.yaml", "--model.a.depths", 5]
     with pytest.raises(SystemExit):
         cli(tmp_path, "fit", *options, "--print_config")
-    found = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert found["b"] is None
-    assert found["label_smoothing"] == 0.2
-    assert found["a"]["depths"] == 5
-    assert found["a"]["options"] == {"width": 4}
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert model["b"] is None
+    assert model["label_smoothing"] == 0.2
+    assert model["a"]["depths"] == 5
+    assert model["a"]["options"] == {"width": 4}
 
 
-@pytest.mark.fault("an option or a class is misspelt", "the message says what may have been meant")
+@pytest.mark.fault("a misspelled option or class", "The error suggests what may have been meant.")
 @pytest.mark.parametrize(
     ("args", "meant"),
     [
@@ -267,56 +244,56 @@ def test_configs_compose_and_options_override(cli, capsys, tmp_path):
     ],
     ids=lambda value: str(value[0:2]) if isinstance(value, list) else None,
 )
-def test_what_is_not_known_is_answered_with_what_was_meant(cli, capsys, tmp_path, args, meant):
-    message = error_of(capsys, lambda: cli(tmp_path, "fit", *args))
+def test_misspelled_names_get_suggestions(cli, capsys, tmp_path, args, meant):
+    message = error_of(capsys, cli, tmp_path, "fit", *args)
     for part in meant:
         assert part in message
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
-def test_what_is_wrong_with_the_data_is_said_without_a_traceback(cli, capsys, tmp_path, subcommand):
+def test_data_errors_are_reported_without_a_traceback(cli, capsys, tmp_path, subcommand):
     options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
-    message = error_of(capsys, lambda: cli(tmp_path, subcommand, *options))
+    message = error_of(capsys, cli, tmp_path, subcommand, *options)
     assert "CIFAR10 is not in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
 
 
-def test_what_is_wrong_elsewhere_keeps_its_traceback(cli, tmp_path, monkeypatch):
+def test_other_errors_keep_their_traceback(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(Team, "configure_optimizers", lambda self: int("none"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli(tmp_path, "fit")
 
 
 @pytest.mark.fault(
-    "`--ckpt_path` names a file that is not a checkpoint",
-    "one sentence, no traceback, status 2",
+    "a file for `--ckpt_path` that is not a checkpoint",
+    "The command reports it in one sentence and exits with status 2.",
 )
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken", b"\x80\x02."])
-def test_a_file_that_is_no_checkpoint(cli, capsys, tmp_path, content, subcommand):
+def test_a_file_that_is_not_a_checkpoint(cli, capsys, tmp_path, content, subcommand):
     (tmp_path / "wrong.ckpt").write_bytes(content)
-    message = error_of(capsys, lambda: cli(tmp_path, subcommand, "--ckpt_path", "wrong.ckpt"))
+    message = error_of(capsys, cli, tmp_path, subcommand, "--ckpt_path", "wrong.ckpt")
     assert "wrong.ckpt" in message
 
 
 @pytest.mark.fault(
-    "a file with weights to start from is not one",
-    "one sentence, no traceback, status 2",
+    "a file of initial weights that holds none",
+    "The command reports it in one sentence and exits with status 2.",
 )
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04broken"])
-def test_a_file_with_weights_that_is_none(cli, capsys, tmp_path, content):
+def test_a_file_that_does_not_hold_weights(cli, capsys, tmp_path, content):
     (tmp_path / "wrong.pt").write_bytes(content)
     options = ["--model.leader.checkpoint", "wrong.pt"]
-    assert "wrong.pt" in error_of(capsys, lambda: cli(tmp_path, "fit", *options))
+    assert "wrong.pt" in error_of(capsys, cli, tmp_path, "fit", *options)
 
 
 @pytest.mark.parametrize(
     "content", [torch.zeros(2), {"a": 1}, [1, 2]], ids=["tensor", "dict", "list"]
 )
-def test_a_file_with_something_else(cli, capsys, tmp_path, content):
+def test_a_file_that_holds_something_else(cli, capsys, tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     for options in (["--ckpt_path", "other.pt"], ["--model.leader.checkpoint", "other.pt"]):
-        assert "other.pt" in error_of(capsys, lambda: cli(tmp_path, "fit", *options))  # noqa: B023
+        assert "other.pt" in error_of(capsys, cli, tmp_path, "fit", *options)
 
 
 class Malicious:
@@ -329,7 +306,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.fault("a checkpoint with a malicious pickle", "refused, nothing is unpickled")
+@pytest.mark.fault("a checkpoint with a malicious pickle", "It is refused; nothing is unpickled.")
 @pytest.mark.parametrize("place", ["whole", "state_dict", "hyper_parameters", "teamnet"])
 @pytest.mark.parametrize(
     "option",
@@ -341,10 +318,10 @@ def test_code_in_a_checkpoint_is_never_run(cli, capsys, best, tmp_path, place, o
     checkpoint = torch.load(best, weights_only=True)
     torch.save(trap if place == "whole" else checkpoint | {place: trap}, tmp_path / "evil.ckpt")
     subcommand, name = option
-    message = error_of(capsys, lambda: cli(tmp_path, subcommand, name, "evil.ckpt"))
+    message = error_of(capsys, cli, tmp_path, subcommand, name, "evil.ckpt")
     assert "evil.ckpt" in message
     assert not trap.path.exists()
-    # The trap is one.
+    # The trap itself works.
     torch.load(tmp_path / "evil.ckpt", weights_only=False)
     assert trap.path.exists()
 
@@ -357,12 +334,14 @@ def test_an_averaged_run_tests_its_averaged_weights(cli, tmp_path):
     options = ["--trainer.callbacks", json.dumps([ema]), "--test_after_fit", "true"]
     cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 20)
     cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
-    expected = measured(metrics(tmp_path, version=1), "test")
-    assert measured(metrics(tmp_path, version=0), "test") == pytest.approx(expected, abs=1e-5)
+    expected = of_split(logged_metrics(tmp_path, version=1), "test")
+    assert of_split(logged_metrics(tmp_path, version=0), "test") == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_the_logger_configs(cli, tmp_path, pytestconfig, monkeypatch, logger):
+def test_the_logger_configs_work(cli, tmp_path, pytestconfig, monkeypatch, logger):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     cli(tmp_path, "fit", "--config", pytestconfig.rootpath / f"configs/logger/{logger}.yaml")
@@ -390,10 +369,10 @@ def test_version(capsys, pytestconfig):
 
 def test_python_m_teamnet_pl_is_teamnet():
     teamnet = Path(sys.executable).with_name("teamnet")
-    commands = [teamnet, "--help"], [sys.executable, "-m", "teamnet_pl", "fit", "--help"]
-    running = [subprocess.Popen(own, stdout=subprocess.PIPE, text=True) for own in commands]
-    overview, options = (process.communicate()[0] for process in running)
-    assert [process.returncode for process in running] == [0, 0]
+    commands = [teamnet, "--help"], teamnet_command("fit", "--help")
+    processes = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True) for args in commands]
+    overview, options = (process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
     for subcommand in ("fit", "validate", "test", "predict"):
         assert subcommand in overview
     for option in ("--model.a", "--model.cooperation", "--data", "--trainer", "--ckpt_path"):

@@ -1,4 +1,4 @@
-"""The code in the docs runs, and does what the page says."""
+"""The code in the docs runs and does what the page says."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def parts(pytestconfig, tmp_path_factory):
 
 
 @pytest.mark.parametrize("marker", ["criterion(logits, labels", "class MyTeam"])
-def test_loss_and_metrics_take_ten_lines(pytestconfig, marker):
+def test_loss_and_metrics_take_at_most_ten_lines(pytestconfig, marker):
     (block,) = [
         block for block in code_blocks(pytestconfig.rootpath / "docs/parts.md") if marker in block
     ]
@@ -58,7 +58,7 @@ def test_the_plain_loop_trains_all_members(parts):
     assert all(moved)
 
 
-def test_the_metrics_are_of_all_members(parts):
+def test_the_metrics_cover_all_members(parts):
     folder = parts[1]
     rows = json.loads((folder / "per_depth.json").read_text())
     members = {
@@ -83,7 +83,7 @@ def test_the_module_trains_and_logs(parts, tmp_path):
     )
 
 
-def test_the_team_of_modules_is_one(parts):
+def test_the_team_of_modules_is_a_team(parts):
     names, _ = parts
     assert isinstance(names["team"], Team)
     assert set(names["team"].teammates) == {"a", "b"}

@@ -33,7 +33,7 @@ from teamnet_pl.backbones import (
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_each_form_of_name(own_nets, name, options, kind, channels):
+def test_every_form_of_name(own_nets, name, options, kind, channels):
     net = create_backbone(BackboneConfig(name, options), num_classes=7, in_channels=channels)
     assert isinstance(net, kind)
     assert net(torch.randn(2, channels, 32, 32)).shape == (2, 7)
@@ -52,19 +52,19 @@ def test_options_reach_the_model(own_nets):
 
 
 @pytest.mark.parametrize("name", ["counts_classes", "takes_anything", "GroupNormNet"])
-def test_an_imported_net_gets_the_arguments_that_it_takes(own_nets, name):
+def test_an_imported_net_receives_the_arguments_that_it_accepts(own_nets, name):
     net = create_backbone(BackboneConfig(f"own_nets.{name}"), num_classes=7, in_channels=3)
     assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_an_imported_net_never_keeps_another_number_of_classes():
-    """This one takes **kwargs, but passes them to a net without a number of channels."""
+    """This one accepts **kwargs but passes them to a net that has no number of channels."""
     with pytest.raises(ValueError, match="in_channels"):
         create_backbone(BackboneConfig("torchvision.models.resnet18"), 7, in_channels=3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
-def test_one_channel_sums_the_first_convolution_of_torchvision(name):
+def test_for_one_channel_the_first_convolution_is_summed(name):
     """The outputs for gray images are those of the original net for three equal channels."""
     torch.manual_seed(0)
     original = torchvision.models.get_model(name, num_classes=7).eval()
@@ -100,7 +100,7 @@ def test_one_channel_sums_the_first_convolution_of_torchvision(name):
         ("teamnet_pl.backbones.NoSuchNet", "NoSuchNet"),
     ],
 )
-def test_unknown_names_are_answered_with_similar_names(name, meant):
+def test_unknown_names_get_suggestions(name, meant):
     with pytest.raises(ValueError, match=meant):
         create_backbone(BackboneConfig(name), num_classes=7, in_channels=3)
 
@@ -114,13 +114,13 @@ def test_unknown_names_are_answered_with_similar_names(name, meant):
         "teamnet_pl.backbones.CifarResNet",
     ],
 )
-def test_options_that_a_model_does_not_take_are_refused(name):
+def test_options_that_a_model_does_not_accept_are_refused(name):
     config = BackboneConfig(name, {"widht": 4})
     with pytest.raises(ValueError, match=f"{name} cannot be made with the options .*widht"):
         create_backbone(config, num_classes=7, in_channels=3)
 
 
-def test_values_that_a_model_does_not_take_are_refused():
+def test_values_that_a_model_does_not_accept_are_refused():
     with pytest.raises(ValueError, match="6n"):
         create_backbone(BackboneConfig("teamnet_pl.backbones.CifarResNet", {"depth": 21}), 7, 3)
 
@@ -156,7 +156,7 @@ def test_default_input_shape(name, shape):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replaces downloads of torchvision's weights by weights made here; returns their URLs."""
+    """Replaces downloads of torchvision's weights with weights made here; returns their URLs."""
     urls = []
 
     def get_state_dict(self, progress=True, check_hash=False):
@@ -201,7 +201,7 @@ def test_unknown_weights_of_torchvision():
 
 
 def test_weights_of_timm_in_a_local_file(tmp_path):
-    """By an option of timm, which also adapts the number of classes and channels."""
+    """With an option of timm, which also adapts the numbers of classes and channels."""
     source = timm.create_model("test_resnet")
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 1000}
@@ -231,7 +231,7 @@ def test_weights_in_a_local_file(tmp_path, caplog, suffix, num_classes, channels
     assert caplog.messages == ([warning] if num_classes == 7 else [])
 
 
-@pytest.mark.fault("weights to start from are of another net", "an error that names file and names")
+@pytest.mark.fault("initial weights of another net", "The error names the file and the weights.")
 def test_weights_of_another_width_are_refused(tmp_path):
     torch.save(CifarResNet(20, width=8).state_dict(), tmp_path / "weights.pth")
     config = BackboneConfig("cifar/resnet20", {"width": 4}, str(tmp_path / "weights.pth"))

@@ -1,6 +1,5 @@
-"""Recovery points, through the command line with real processes, signals and full disks."""
+"""Checkpoints of the command line, with real processes, signals and full disks."""
 
-import csv
 import os
 import resource
 import signal
@@ -17,9 +16,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from teamnet_pl.atomic import atomic_write
 from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
 from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+from tests.helpers.runs import BEST, CHECKPOINTS, LAST, error_of, logged_rows, teamnet_command
 from tests.helpers.teams import make_digits, make_team, make_trainer
-
-FOLDER = "logs/version_0/checkpoints"
 
 
 def load(path):
@@ -27,19 +25,21 @@ def load(path):
 
 
 def scores(folder, version=0):
-    """The mean accuracies in the CSV log, by step."""
-    with open(folder / f"logs/version_{version}/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/accuracy/mean")]
+    """The mean validation accuracies in the CSV log, by step."""
+    rows = [row for row in logged_rows(folder, version) if row.get("val/accuracy/mean")]
     return {int(row["step"]): float(row["val/accuracy/mean"]) for row in rows}
 
 
-@pytest.mark.fault("a plateau: no epoch beats an early one", "last.ckpt is that of the last epoch")
-def test_last_is_the_last_and_best_the_best(cli, tmp_path):
-    """With the lowest accuracy as the best one, which an early epoch has."""
+@pytest.mark.fault(
+    "a plateau after an early best epoch",
+    "`last.ckpt` holds the last epoch, `best.ckpt` the best one.",
+)
+def test_last_holds_the_last_epoch_and_best_the_best_one(cli, tmp_path):
+    """The lowest accuracy counts as the best here, and an early epoch has it."""
     options = ["--trainer.max_epochs", 5, "--checkpoint.mode", "min"]
     options += ["--trainer.limit_train_batches", 10]
     cli(tmp_path, "fit", *options)
-    last, best = load(tmp_path / FOLDER / "last.ckpt"), load(tmp_path / FOLDER / "best.ckpt")
+    last, best = load(tmp_path / LAST), load(tmp_path / BEST)
     assert last["global_step"] == 50
     values = scores(tmp_path)
     assert best["global_step"] == 1 + min(values, key=values.get)
@@ -47,17 +47,17 @@ def test_last_is_the_last_and_best_the_best(cli, tmp_path):
 
 
 def test_best_has_the_weights_that_were_validated(cli, tmp_path):
-    """Also where `last` is saved within the epochs."""
+    """Also if `last` is saved within the epochs."""
     options = ["--trainer.max_epochs", 3, "--last.every_n_train_steps", 1]
     cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 5)
-    best = tmp_path / FOLDER / "best.ckpt"
+    best = tmp_path / BEST
     cli(tmp_path, "validate", "--ckpt_path", best, tiny=False)
     (score,) = scores(tmp_path, version=1).values()
     assert score == pytest.approx(max(scores(tmp_path).values()))
 
 
-class Steps(AtomicCheckpointIO):
-    """Notes what is saved when."""
+class SaveRecorder(AtomicCheckpointIO):
+    """Records the name and the step of each checkpoint that is saved."""
 
     def __init__(self):
         self.saved = []
@@ -78,8 +78,8 @@ class Steps(AtomicCheckpointIO):
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_when_last_is_saved(tmp_path, options, expected, accumulate):
-    plugin = Steps()
+def test_last_is_saved_as_often_as_asked(tmp_path, options, expected, accumulate):
+    plugin = SaveRecorder()
     trainer = make_trainer(
         tmp_path,
         accumulate_grad_batches=accumulate,
@@ -95,8 +95,8 @@ def test_when_last_is_saved(tmp_path, options, expected, accumulate):
 
 
 def test_validation_within_the_epoch_comes_before_the_save(tmp_path):
-    """Else a resumed run would leave it out."""
-    plugin, order = Steps(), []
+    """Otherwise a resumed run would skip the validation."""
+    plugin, order = SaveRecorder(), []
 
     class Order(BestCheckpoint):
         def on_validation_end(self, trainer, pl_module):
@@ -136,8 +136,8 @@ def test_a_score_that_is_not_finite_is_never_the_best(value, tmp_path):
     assert load(tmp_path / "best.ckpt")["epoch"] == 1
 
 
-@pytest.mark.fault("a second run writes to the same folder", "the first one's best.ckpt stays")
-def test_a_later_run_overwrites_no_other_s_best(cli, tmp_path):
+@pytest.mark.fault("a second run in the same folder", "The `best.ckpt` of the first run is kept.")
+def test_a_later_run_keeps_the_best_of_an_earlier_one(cli, tmp_path):
     options = ["--checkpoint.dirpath", "kept", "--trainer.logger", "false"]
     cli(tmp_path, "fit", *options)
     content = (tmp_path / "kept/best.ckpt").read_bytes()
@@ -147,10 +147,10 @@ def test_a_later_run_overwrites_no_other_s_best(cli, tmp_path):
     assert load(tmp_path / "kept/best-v1.ckpt")
 
 
-def test_a_resumed_run_keeps_the_best_of_the_run_before(cli, tmp_path):
+def test_a_resumed_run_keeps_the_best_of_the_original_run(cli, tmp_path):
     options = ["--checkpoint.mode", "min", "--trainer.limit_train_batches", 10]
     cli(tmp_path, "fit", *options, "--trainer.max_epochs", 5)
-    first, second = tmp_path / FOLDER, tmp_path / "logs/version_1/checkpoints"
+    first, second = tmp_path / CHECKPOINTS, tmp_path / "logs/version_1/checkpoints"
     words = ["--ckpt_path", first / "last.ckpt", "--trainer.max_epochs", 6, *options]
     cli(tmp_path, "fit", *words)
     assert load(second / "last.ckpt")["global_step"] == 60
@@ -159,16 +159,15 @@ def test_a_resumed_run_keeps_the_best_of_the_run_before(cli, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["every_n_train_steps", "train_time_interval"])
-def test_saves_within_an_epoch_are_those_of_last(cli, capsys, tmp_path, option):
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", f"--checkpoint.{option}", 5)
-    assert f"last.{option}" in capsys.readouterr().err
+def test_only_last_is_saved_within_an_epoch(cli, capsys, tmp_path, option):
+    error = error_of(capsys, cli, tmp_path, "fit", f"--checkpoint.{option}", 5)
+    assert f"last.{option}" in error
 
 
 # Whole files
 
 
-@pytest.mark.fault("a kill while a checkpoint is written", "the file before stays, whole")
+@pytest.mark.fault("a kill while a checkpoint is written", "The previous file stays intact.")
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "best.ckpt"
     torch.save({"old": 1}, path)
@@ -181,38 +180,37 @@ AtomicCheckpointIO().save_checkpoint({{"new": torch.zeros(10000)}}, {str(path)!r
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert load_checkpoint(path) == {"old": 1}
-    assert len(list(tmp_path.iterdir())) == 2  # and the one that was not renamed
+    assert len(list(tmp_path.iterdir())) == 2  # the other one was not renamed
     AtomicCheckpointIO().save_checkpoint({"new": 1}, path)
     assert load_checkpoint(path) == {"new": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]
 
 
-@pytest.mark.fault("the disk is full while a checkpoint is written", "the old one stays; an error")
+@pytest.mark.fault(
+    "a full disk while a checkpoint is written",
+    "The previous file stays intact, and an error reports the failure.",
+)
 def test_a_full_disk(cli, tmp_path):
-    """A limit on the size of files, which ends writing in the same way."""
+    """Stands in for a full disk: a limit on the size of files, at which writing fails too."""
     cli(tmp_path, "fit")
-    best = tmp_path / FOLDER / "best.ckpt"
+    best = tmp_path / BEST
     content = best.read_bytes()
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, resource.RLIM_INFINITY))
 
-    words = [
-        "fit",
-        "--config",
-        cli.config,
-        "--trainer.logger",
-        "false",
-        "--report.picture",
-        "false",
-    ]
+    words = ["--trainer.logger", "false", "--report.picture", "false"]
     words += ["--checkpoint.dirpath", best.parent]
-    words += ["--ckpt_path", best, "--trainer.max_epochs", "3"]
+    words += ["--ckpt_path", best, "--trainer.max_epochs", 3]
     run = subprocess.run(
-        [sys.executable, "-m", "teamnet_pl", *map(str, words)],
-        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, timeout=120,
-    )  # fmt: skip
+        teamnet_command("fit", "--config", cli.config, *words),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=120,
+    )
     assert run.returncode == 2
     assert "could not be saved" in run.stderr
     assert "Traceback" not in run.stderr
@@ -221,7 +219,7 @@ def test_a_full_disk(cli, tmp_path):
     assert not list(best.parent.glob(".*"))
 
 
-def test_nothing_is_left_where_writing_fails(tmp_path):
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     (tmp_path / "file").write_text("old")
 
     def fail():
@@ -253,10 +251,10 @@ def wait_for(condition, process, seconds=100):
 
 
 def stopped(cli, folder, number, *options, launcher=(), target=lambda process: process.pid):
-    """Sends a signal in the midst of training; returns the exit code and the output."""
+    """Sends a signal during training; returns the exit status and the output."""
     process = start(cli, folder, *options, launcher=launcher)
     try:
-        wait_for((folder / FOLDER / "last.ckpt").exists, process)
+        wait_for((folder / LAST).exists, process)
         os.kill(target(process), number)
         code = process.wait(timeout=60)
     finally:
@@ -264,30 +262,35 @@ def stopped(cli, folder, number, *options, launcher=(), target=lambda process: p
     return code, (folder / "output").read_text()
 
 
-@pytest.mark.fault("SIGTERM or Ctrl-C in training", "last.ckpt is saved; exit code 143 or 130")
+@pytest.mark.fault(
+    "SIGTERM or Ctrl-C during training", "`last.ckpt` is saved; the exit status is 143 or 130."
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_last(cli, tmp_path, number):
     code, output = stopped(cli, tmp_path, number)
     assert code == 128 + number
     step = int(output.partition("stopped after step ")[2].partition(".")[0])
-    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+    assert load(tmp_path / LAST)["global_step"] == step
     assert "Traceback" not in output
 
 
 @pytest.mark.slow
-@pytest.mark.fault("SIGTERM to a run of two processes", "both stop at one step; exit code 143")
+@pytest.mark.fault(
+    "SIGTERM or Ctrl-C during training in two processes",
+    "Both stop after the same step; the exit status is 143 or 130.",
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_stop_together(cli, tmp_path, number):
     options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     code, output = stopped(cli, tmp_path, number, *options)
     assert code == 128 + number
     step = int(output.partition("stopped after step ")[2].partition(".")[0])
-    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+    assert load(tmp_path / LAST)["global_step"] == step
 
 
 @pytest.mark.slow
 def test_two_processes_stop_after_a_signal_before_training(cli, tmp_path):
-    """In the check of validation before it, to the first process alone."""
+    """A signal to the first process alone, during the sanity check before training."""
     (tmp_path / "early.py").write_text(
         "import os, signal\n"
         "from lightning.pytorch import Callback\n"
@@ -303,7 +306,7 @@ def test_two_processes_stop_after_a_signal_before_training(cli, tmp_path):
         assert process.wait(timeout=100) == 143
     finally:
         process.kill()
-    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == 1
+    assert load(tmp_path / LAST)["global_step"] == 1
 
 
 @pytest.mark.slow
@@ -314,14 +317,14 @@ def test_torchrun(cli, tmp_path):
     code, output = stopped(cli, tmp_path, signal.SIGTERM, *options, launcher=launcher)
     assert code != 0
     step = int(output.partition("stopped after step ")[2].partition(".")[0])
-    assert load(tmp_path / FOLDER / "last.ckpt")["global_step"] == step
+    assert load(tmp_path / LAST)["global_step"] == step
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_outside_of_training(cli, tmp_path, number):
-    """There is nothing to save, but the exit code tells."""
+def test_a_signal_outside_training(cli, tmp_path, number):
+    """There is nothing to save, but the exit status reports the signal."""
     cli(tmp_path, "fit")
-    words = ["test", "--ckpt_path", tmp_path / FOLDER / "best.ckpt", "--data.batch_size", 1]
+    words = ["test", "--ckpt_path", tmp_path / BEST, "--data.batch_size", 1]
     words += ["--trainer.limit_test_batches", 1.0]
     script = (
         "import os, signal, sys, teamnet_pl.cooperation.team as team\n"

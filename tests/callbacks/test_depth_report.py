@@ -31,7 +31,7 @@ def rows_of(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A fitted team, its trainer and its folder, where the report of the fit still is."""
+    """A fitted team, its trainer and its folder, which holds the report of the fit."""
     folder = tmp_path_factory.mktemp("run")
     team = make_team()
     keep = ModelCheckpoint(folder / "kept", filename="best", monitor="val/accuracy/mean")
@@ -59,10 +59,10 @@ def check_rows(rows, team, metrics, split):
         for depth in net.depths:
             costs[name, depth.name] = cost(net.extract(depth), (1, 8, 8))
             assert rows[name, depth.name]["blocks_per_stage"] == list(depth.per_stage)
-    for key, own in costs.items():
-        assert (rows[key]["macs"], rows[key]["parameters"]) == (own.macs, own.parameters)
-    for what in ("macs", "parameters"):
-        assert rows["ensemble", None][what] == rows["a", "d7"][what] + rows["b", "d7"][what]
+    for key, price in costs.items():
+        assert (rows[key]["macs"], rows[key]["parameters"]) == (price.macs, price.parameters)
+    for name in ("macs", "parameters"):
+        assert rows["ensemble", None][name] == rows["a", "d7"][name] + rows["b", "d7"][name]
 
 
 def test_fit_reports_beside_its_checkpoints(run):
@@ -71,7 +71,7 @@ def test_fit_reports_beside_its_checkpoints(run):
     check_rows(rows_of(folder / "kept"), team, trainer.callback_metrics, "val")
 
 
-def test_the_picture_is_one(run):
+def test_the_picture_is_an_image(run):
     pixels = imread(run[2] / "kept" / "per_depth.png")
     assert pixels.ndim == 3
     assert min(pixels.shape[:2]) > 300
@@ -106,7 +106,7 @@ def test_an_evaluation_reports_beside_the_given_checkpoint(run, tmp_path, capsys
         assert f"{row['macs']:,}" in printed
 
 
-def test_without_a_checkpoint_it_reports_in_the_log_folder(tmp_path):
+def test_without_a_checkpoint_the_report_is_in_the_log_folder(tmp_path):
     logger = CSVLogger(tmp_path)
     trainer = make_trainer(tmp_path, callbacks=[DepthReport()], logger=logger)
     trainer.test(make_team(), make_digits(), verbose=False)

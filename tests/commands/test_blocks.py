@@ -3,10 +3,13 @@ import json
 import pytest
 
 from teamnet_pl.cli import main
+from tests.helpers.runs import error_of
 
 
 @pytest.fixture
 def blocks(capsys):
+    """Runs the command; returns its output."""
+
     def run(*words):
         main(["blocks", *words])
         return capsys.readouterr().out
@@ -14,7 +17,7 @@ def blocks(capsys):
     return run
 
 
-def test_json(blocks):
+def test_blocks_as_json(blocks):
     record = json.loads(
         blocks("--backbone", "torchvision/resnet50", "--json", "--depths", "[12,7]")
     )
@@ -25,7 +28,7 @@ def test_json(blocks):
     assert record["input_shape"] == [3, 224, 224]
     for rows in record["depths"].values():
         whole, shallow = rows
-        # The numbers in torchvision's documentation of ResNet-50.
+        # As in torchvision's documentation of ResNet-50.
         assert (whole["macs"], whole["parameters"]) == (4_089_184_256, 25_557_032)
         assert whole["kept"] == names
         assert (shallow["name"], len(shallow["kept"])) == ("d7", 7)
@@ -36,7 +39,7 @@ def test_json(blocks):
     assert whole["parameters"] - last["parameters"] == 3 * 1_117_184 + 2 * 4_462_592
 
 
-def test_tables(blocks):
+def test_blocks_as_tables(blocks):
     words = "--backbone", "cifar/resnet20", "--num_classes", "5", "--input_shape", "[1,16,16]"
     lines = blocks(*words).splitlines()
     assert "cifar/resnet20, images of 1x16x16" in lines[0]
@@ -64,11 +67,8 @@ def test_patterns_and_options_reach_the_net(blocks):
         ([], "backbone"),
     ],
 )
-def test_wrong_arguments_are_explained(blocks, capsys, words, message):
-    with pytest.raises(SystemExit) as stop:
-        blocks(*words)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_wrong_arguments_are_explained(capsys, words, message):
+    assert message in error_of(capsys, main, ["blocks", *words])
 
 
 def test_help_lists_the_command(capsys):

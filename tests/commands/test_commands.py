@@ -9,7 +9,7 @@ from teamnet_pl.commands import COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_summary_is_that_of_the_function(name):
+def test_the_summary_is_the_first_line_of_the_docstring(name):
     function = COMMANDS[name].load()
     assert COMMANDS[name].summary == inspect.getdoc(function).partition("\n")[0]
 
@@ -30,7 +30,7 @@ def test_help_of_a_command(name, capsys):
     assert COMMANDS[name].summary in " ".join(capsys.readouterr().out.split())
 
 
-def test_importing_them_imports_nothing_else():
+def test_importing_the_commands_imports_nothing_else():
     script = """
 import sys
 import teamnet_pl

@@ -5,16 +5,10 @@ import pytest
 
 from teamnet_pl.cli import main
 from teamnet_pl.deploy import Teammate
+from tests.helpers.runs import error_of
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(cli, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    cli(folder, "fit")
-    return folder / "logs/version_0/checkpoints/best.ckpt"
 
 
 def test_from_a_checkpoint_to_files(checkpoint, tmp_path, capsys):
@@ -46,14 +40,11 @@ def test_from_a_checkpoint_to_files(checkpoint, tmp_path, capsys):
 )
 def test_mistakes_are_reported(checkpoint, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "executorch", None)
-    with pytest.raises(SystemExit) as stop:
-        main(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path), *words])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    command = ["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path), *words]
+    assert message in error_of(capsys, main, command)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_such_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["export", "--ckpt_path", "no.ckpt", "--out", str(tmp_path), "--formats", "[onnx]"])
-    assert "There is no file no.ckpt" in capsys.readouterr().err
+    command = ["export", "--ckpt_path", "no.ckpt", "--out", str(tmp_path), "--formats", "[onnx]"]
+    assert "There is no file no.ckpt" in error_of(capsys, main, command)

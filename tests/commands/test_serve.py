@@ -7,6 +7,7 @@ from starlette.testclient import TestClient
 from teamnet_pl.cli import main
 from teamnet_pl.commands.serve import serve_teammate
 from teamnet_pl.deploy import Predictor
+from tests.helpers.runs import error_of
 
 
 def test_options_reach_the_server(checkpoint, monkeypatch):
@@ -36,7 +37,9 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
         assert "3 are allowed" in client.post("/predict", content=b"four").json()["error"]
 
 
-@pytest.mark.fault("the extra `serve` is not installed", "an error that names it")
+@pytest.mark.fault(
+    "missing libraries of the extra `serve`", "The error names the extra to install."
+)
 @pytest.mark.parametrize("name", ["uvicorn", "starlette", "prometheus_client"])
 def test_missing_libraries_are_reported(checkpoint, monkeypatch, name):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
@@ -47,7 +50,10 @@ def test_missing_libraries_are_reported(checkpoint, monkeypatch, name):
         serve_teammate(str(checkpoint))
 
 
-@pytest.mark.fault("the port is taken, or there is no such host", "one sentence, status 2")
+@pytest.mark.fault(
+    "a port in use or an unknown host",
+    "The command reports it in one sentence and exits with status 2.",
+)
 @pytest.mark.parametrize(
     ("host", "port", "message"),
     [
@@ -60,21 +66,21 @@ def test_missing_libraries_are_reported(checkpoint, monkeypatch, name):
     ],
 )
 def test_an_address_that_is_not_available(capsys, tmp_path, host, port, message):
-    """Reported before the checkpoint is read, which does not exist."""
+    """It is reported before the checkpoint is read, which does not exist."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1] if port is None else port
-        with pytest.raises(SystemExit) as ending:
-            main(["serve", "--ckpt_path", str(tmp_path), "--host", host, "--port", str(port)])
-    assert ending.value.code == 2
-    assert message.format(port=port) in " ".join(capsys.readouterr().err.split())
+        words = ["serve", "--ckpt_path", str(tmp_path), "--host", host, "--port", str(port)]
+        error = error_of(capsys, main, words)
+    assert message.format(port=port) in error
 
 
-@pytest.mark.fault("a device that this machine does not have", "one sentence, status 2")
+@pytest.mark.fault(
+    "a device that the machine does not have",
+    "The command reports it in one sentence and exits with status 2.",
+)
 @pytest.mark.parametrize("command", ["serve", "profile"])
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps:7", ""])
 def test_a_device_that_is_not_available(checkpoint, capsys, device, command):
     port = ["--port", "0"] if command == "serve" else []
-    with pytest.raises(SystemExit) as ending:
-        main([command, "--ckpt_path", str(checkpoint), "--device", device, *port])
-    assert ending.value.code == 2
-    assert f"The net cannot be put on {device!r}" in " ".join(capsys.readouterr().err.split())
+    words = [command, "--ckpt_path", str(checkpoint), "--device", device, *port]
+    assert f"The net cannot be put on {device!r}" in error_of(capsys, main, words)

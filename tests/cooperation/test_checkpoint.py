@@ -1,4 +1,4 @@
-"""A team's checkpoint restores it by itself and runs no code."""
+"""A checkpoint alone restores a team, and no code in it is run."""
 
 import pytest
 import timm
@@ -14,9 +14,15 @@ from teamnet_pl.cooperation import (
     ScheduleConfig,
     Transfer,
 )
-from tests.helpers.teams import assert_same_state, make_digits, make_team, make_trainer
+from tests.helpers.teams import (
+    assert_same_state,
+    fit_and_save,
+    make_digits,
+    make_team,
+    make_trainer,
+)
 
-# As far from the defaults as can be.
+# As different from the defaults as possible.
 TEAM = {
     "leader": {"frozen": True},
     "a": {"depths": [7, 5, 1], "policy": "round_robin", "per_depth_affine": True},
@@ -45,24 +51,24 @@ def saved(request, tmp_path_factory):
     return team.eval(), folder / "kept.ckpt"
 
 
-def test_a_checkpoint_restores_the_team_with_no_arguments(saved):
+def test_a_checkpoint_restores_the_team_without_arguments(saved):
     team, path = saved
-    found = Team.load_from_checkpoint(path).eval()
-    assert_same_state(found.state_dict(), team.state_dict())
+    restored = Team.load_from_checkpoint(path).eval()
+    assert_same_state(restored.state_dict(), team.state_dict())
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(found(images), team(images), rtol=0, atol=0)
-    assert found.members() == team.members()
+        torch.testing.assert_close(restored(images), team(images), rtol=0, atol=0)
+    assert restored.members() == team.members()
     for name, net in team.elastic_nets.items():
-        assert found.elastic_nets[name].depths == net.depths
-        assert found.elastic_nets[name].blocks == net.blocks
-    assert found.transfers == team.transfers
-    assert found.criterion.cooperation == team.criterion.cooperation
-    assert found.optimizer_config == team.optimizer_config
-    assert found.schedule_config == team.schedule_config
-    assert found.criterion.label_smoothing == team.criterion.label_smoothing
-    assert found.leader_frozen == team.leader_frozen
-    assert dict(found.hparams) == dict(team.hparams)
+        assert restored.elastic_nets[name].depths == net.depths
+        assert restored.elastic_nets[name].blocks == net.blocks
+    assert restored.transfers == team.transfers
+    assert restored.criterion.cooperation == team.criterion.cooperation
+    assert restored.optimizer_config == team.optimizer_config
+    assert restored.schedule_config == team.schedule_config
+    assert restored.criterion.label_smoothing == team.criterion.label_smoothing
+    assert restored.leader_frozen == team.leader_frozen
+    assert dict(restored.hparams) == dict(team.hparams)
 
 
 def test_a_checkpoint_loads_without_running_code(saved):
@@ -73,34 +79,31 @@ def test_hyper_parameters_are_plain_values(saved):
     hyper_parameters = torch.load(saved[1], weights_only=True)["hyper_parameters"]
     assert {"num_classes", "input_shape", "a", "cooperation"} <= hyper_parameters.keys()
     for value in hyper_parameters.values():
-        plain(value)
+        check_plain(value)
 
 
-def plain(value) -> None:
+def check_plain(value) -> None:
     assert type(value) in (dict, list, tuple, str, int, float, bool, type(None))
     if isinstance(value, dict):
         assert all(type(key) is str for key in value)
         value = list(value.values())
     if isinstance(value, list | tuple):
         for inner in value:
-            plain(inner)
+            check_plain(inner)
 
 
-@pytest.mark.fault(
-    "the file with weights that training started from is gone",
-    "the checkpoint loads without it",
-)
+@pytest.mark.fault("a missing file of initial weights", "The checkpoint loads without it.")
 @pytest.mark.parametrize("member", ["leader", "a", "b"])
-def test_a_checkpoint_needs_no_file_that_the_team_started_from(tmp_path, member):
+def test_a_checkpoint_does_not_need_the_file_of_initial_weights(tmp_path, member):
     start = tmp_path / "start.pt"
     torch.save(make_team().leader.state_dict(), start)
     team = make_team(**{member: {"checkpoint": str(start)}})
-    path = save(team, tmp_path)
+    path = fit_and_save(team, tmp_path)
     start.unlink()
     assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
 
 
-def test_a_checkpoint_needs_no_pretrained_weights(tmp_path, monkeypatch):
+def test_a_checkpoint_does_not_need_pretrained_weights(tmp_path, monkeypatch):
     fetched = []
     create = timm.create_model
 
@@ -111,13 +114,6 @@ def test_a_checkpoint_needs_no_pretrained_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     options = {"img_size": 8, "patch_size": 4, "pretrained": True}
     team = make_team(b={"name": "timm/test_vit", "options": options})
-    path = save(team, tmp_path)
+    path = fit_and_save(team, tmp_path)
     assert_same_state(Team.load_from_checkpoint(path).state_dict(), team.state_dict())
     assert fetched == [True, False]
-
-
-def save(team, folder):
-    trainer = make_trainer(folder, limit_train_batches=1)
-    trainer.fit(team, make_digits())
-    trainer.save_checkpoint(folder / "team.ckpt")
-    return folder / "team.ckpt"

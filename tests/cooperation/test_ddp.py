@@ -1,11 +1,9 @@
-"""Two processes are one with a batch twice as large."""
+"""Two processes equal one process with a batch twice as large."""
 
-import csv
 import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,14 @@ from torch.utils.data import Subset
 
 from teamnet_pl.callbacks import PredictionWriter
 from teamnet_pl.cooperation import OptimizerConfig
+from tests.helpers.runs import (
+    LAST,
+    logged_metrics,
+    logged_rows,
+    of_split,
+    read_csv,
+    teamnet_command,
+)
 from tests.helpers.teams import assert_same_state, make_digits, make_team, make_trainer
 
 pytestmark = pytest.mark.slow
@@ -27,18 +33,17 @@ def two_processes(cli, own_nets):
     """Runs the command line in two processes."""
 
     def run(folder, *args):
-        args = [*args, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
-        command = [sys.executable, "-m", "teamnet_pl", *args, "--trainer.devices", "2"]
+        ddp = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", 2]
         path = os.pathsep.join([str(own_nets), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        subprocess.run(command, cwd=folder, env=env, check=True, timeout=300)
+        subprocess.run(teamnet_command(*args, *ddp), cwd=folder, env=env, check=True, timeout=300)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def runs(cli, two_processes, tmp_path_factory):
-    """Folders of the logs of one process and of two."""
+    """The folders of a run of one process and of one of two."""
     net = ["--model.{}.name", "own_nets.GroupNormNet", "--model.{}.options", "{{width: 4}}"]
     options = [part.format(member) for member in ("leader", "a", "b") for part in net]
     options += ["--trainer.limit_train_batches", "4", "--test_after_fit", "true"]
@@ -46,37 +51,27 @@ def runs(cli, two_processes, tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     cli(one, "fit", *options, batch, 2 * BATCH)
     options += ["--model.a.grad_checkpointing", "true"]  # which changes no result
-    two_processes(two, "fit", "--config", str(cli.config), *options, batch, str(BATCH))
-    return [folder / "logs" / "version_0" for folder in (one, two)]
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    two_processes(two, "fit", "--config", cli.config, *options, batch, BATCH)
+    return one, two
 
 
 def test_weights_agree(runs):
-    one, two = map(weights, runs)
+    one, two = (torch.load(folder / LAST, weights_only=True) for folder in runs)
     assert one["global_step"] == two["global_step"] == 4
     assert_same_state(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
 
 
-def test_metrics_of_every_depth_are_over_both_processes(runs):
-    found = []
-    for folder in runs:
-        metrics = {}
-        with open(folder / "metrics.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                metrics |= {name: float(value) for name, value in row.items() if value}
-        found.append({n: v for n, v in metrics.items() if n.startswith(("val/", "test/"))})
-    assert len(found[0]) == 2 * (4 * 8 + 1)  # four metrics of eight members, and the mean
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
+def test_metrics_of_every_depth_cover_both_processes(runs):
+    logged = [logged_metrics(folder) for folder in runs]
+    one, two = (of_split(metrics, "val") | of_split(metrics, "test") for metrics in logged)
+    assert len(one) == 2 * (4 * 8 + 1)  # four metrics of eight members, and the mean
+    assert two == pytest.approx(one, abs=1e-4)
 
 
-def test_what_training_logs_is_the_mean_over_both_processes(runs):
+def test_training_logs_means_over_both_processes(runs):
     logged = []
     for folder in runs:
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+        rows = [row for row in logged_rows(folder) if row["train/loss"]]
         logged.append(
             [{n: float(v) for n, v in row.items() if n.startswith("train/")} for row in rows]
         )
@@ -88,7 +83,7 @@ def test_what_training_logs_is_the_mean_over_both_processes(runs):
 
 
 def shortened(data, images):
-    """Has a data module evaluate on its first few images alone."""
+    """Makes a data module evaluate on its first few images alone."""
     load = data.load_split
 
     def first(split):
@@ -112,15 +107,15 @@ def shortened(data, images):
 @pytest.mark.parametrize("images", [35, 1])
 @pytest.mark.parametrize("split", ["fit", "val", "test"])
 def test_each_image_counts_once(tmp_path, images, split):
-    """Batches are of 8: one process has three and the other two, or one image and none."""
-    found = []
+    """Batches hold 8 images: one process has three and the other two, or one image and none."""
+    runs = []
     for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
         team = make_team(a={"depths": 2}, b=None, optimizer=OptimizerConfig(lr=0.0))
         data = shortened(make_digits(batch_size=8), images)
         trainer = make_trainer(
             tmp_path, limit_val_batches=1.0, limit_train_batches=1, precision="64-true", **options
         )
-        if split == "fit":  # where each forward pass waits for the other process
+        if split == "fit":  # in which each forward pass waits for the other process
             team.leader.eval()
             for module in team.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -130,8 +125,8 @@ def test_each_image_counts_once(tmp_path, images, split):
             {"val": trainer.validate, "test": trainer.test}[split](team, data, verbose=False)
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "train" not in n}
         assert len(metrics) == 4 * 3 + 1
-        found.append(metrics)
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+        runs.append(metrics)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("images", [35, 1])
@@ -148,22 +143,21 @@ def test_each_image_is_predicted_once(tmp_path, images):
     assert len(both) == images
 
 
-def test_the_report_is_of_both_processes(runs):
-    paths = [folder / "checkpoints" / "per_depth.json" for folder in runs]
+def test_the_report_covers_both_processes(runs):
+    paths = [(folder / LAST).with_name("per_depth.json") for folder in runs]
     one, two = (json.loads(path.read_text()) for path in paths)
     assert [row["accuracy"] for row in two] == pytest.approx([row["accuracy"] for row in one])
     assert [row["macs"] for row in two] == [row["macs"] for row in one]
 
 
-def test_each_process_writes_what_it_predicts(cli, runs, two_processes, tmp_path):
-    checkpoint = shutil.copy(runs[0] / "checkpoints" / "last.ckpt", tmp_path)
-    options = ["--ckpt_path", checkpoint, "--trust_import", "true"]  # its nets are of our own
+def test_each_process_writes_its_predictions(cli, runs, two_processes, tmp_path):
+    checkpoint = shutil.copy(runs[0] / LAST, tmp_path)
+    options = ["--ckpt_path", checkpoint, "--trust_import", "true"]  # its nets are a user's own
     cli(tmp_path, "predict", *options, tiny=False)
     two_processes(tmp_path, "predict", *options)
 
     def rows(name):
-        with open(tmp_path / name, newline="") as file:
-            return {int(row["index"]): row for row in csv.DictReader(file)}
+        return {int(row["index"]): row for row in read_csv(tmp_path / name)}
 
     both = rows("predictions-0.csv") | rows("predictions-1.csv")
     assert len(both) == 360

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import yaml
 
 from teamnet_pl import Team
 from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer, TransferKind
-from tests.helpers.teams import make_digits, make_team, make_trainer
+from tests.helpers.runs import BEST, error_of, saved_config
+from tests.helpers.teams import fit_and_save, make_team
 
 OWN_KIND = """
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ class MeanSquaredError(TransferKind):
     def __call__(self, student, teacher, target):
         return self.scale * F.mse_loss(student, teacher)
 """
-KEPT = "logs/version_0/checkpoints/best.ckpt"
 
 
 @dataclass(frozen=True)
@@ -57,36 +56,34 @@ def test_each_group_of_transfers_has_its_kind():
 
 
 def test_the_command_line_chooses_a_kind(cli, tmp_path):
-    """One of the current folder, whose loss is then in the log."""
+    """Here one in the current folder, which is then in the config of the run."""
     (tmp_path / "my_kinds.py").write_text(OWN_KIND)
     kind = "--model.cooperation.peer.kind"
     options = [kind, "my_kinds.MeanSquaredError", f"{kind}.scale", 0.25]
     options += ["--model.cooperation.leader.kind.temperature", 3]
     cli(tmp_path, "fit", *options)
-    (config,) = tmp_path.glob("logs/version_0/config.yaml")
-    cooperation = yaml.safe_load(config.read_text())["model"]["cooperation"]
+    cooperation = saved_config(tmp_path)["model"]["cooperation"]
     assert cooperation["peer"]["kind"] == {
         "class_path": "my_kinds.MeanSquaredError",
         "init_args": {"scale": 0.25},
     }
     assert cooperation["leader"]["kind"]["init_args"] == {"temperature": 3.0}
     with pytest.raises(ValueError, match=r"my_kinds\.MeanSquaredError, which runs code"):
-        Team.load_from_checkpoint(tmp_path / KEPT)
+        Team.load_from_checkpoint(tmp_path / BEST)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
-        team = Team.load_from_checkpoint(tmp_path / KEPT, trust_import=True)
+        team = Team.load_from_checkpoint(tmp_path / BEST, trust_import=True)
     assert team.criterion.cooperation.peer.kind.scale == 0.25
     assert team.criterion.cooperation.leader.kind == KLDivergence(3.0)
 
 
-def test_the_same_kind_given_again_is_trusted(cli, tmp_path, capsys):
+def test_a_users_own_kind_needs_trust(cli, tmp_path, capsys):
     (tmp_path / "my_other_kinds.py").write_text(OWN_KIND)
     kind = ["--model.cooperation.peer.kind", "my_other_kinds.MeanSquaredError"]
     cli(tmp_path, "fit", *kind)
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "test", "--ckpt_path", KEPT, tiny=False)
-    assert "which runs code" in capsys.readouterr().err
-    cli(tmp_path, "test", "--ckpt_path", KEPT, "--trust_import", "true", tiny=False)
+    error = error_of(capsys, cli, tmp_path, "test", "--ckpt_path", BEST, tiny=False)
+    assert "which runs code" in error
+    cli(tmp_path, "test", "--ckpt_path", BEST, "--trust_import", "true", tiny=False)
     assert (tmp_path / "logs/version_0/checkpoints/per_depth.json").exists()
 
 
@@ -106,15 +103,12 @@ def test_other_classes_in_a_checkpoint_are_refused(checkpoint, tmp_path, path):
 def test_extra_transfers_keep_their_kind(tmp_path):
     cooperation = Cooperation(extra=[Transfer(0.2, KLDivergence(3.0), "b/d2", "a/d0")])
     team = make_team(cooperation=cooperation)
-    trainer = make_trainer(tmp_path, limit_train_batches=1)
-    trainer.fit(team, make_digits())
-    trainer.save_checkpoint(tmp_path / "team.ckpt")
-    restored = Team.load_from_checkpoint(tmp_path / "team.ckpt")
+    restored = Team.load_from_checkpoint(fit_and_save(team, tmp_path))
     assert restored.criterion.cooperation == cooperation
     json.dumps(dict(restored.hparams))  # plain values
 
 
-def test_a_kind_without_known_options_is_refused():
+def test_a_kind_that_is_not_a_dataclass_is_refused():
     class NoDataclass(TransferKind):
         def __call__(self, student, teacher, target):
             return student.sum()
@@ -123,7 +117,7 @@ def test_a_kind_without_known_options_is_refused():
         make_team(cooperation=Cooperation(peer=Edge(kind=NoDataclass())))
 
 
-def test_two_transfers_of_one_name_are_refused():
+def test_two_transfers_of_the_same_name_are_refused():
     cooperation = Cooperation(extra=[Transfer(0.2, KLDivergence(), "leader", "a")])
     with pytest.raises(ValueError, match="2 transfers leader->a/d2"):
         cooperation.transfers({"a": ["d2", "d0"]}, has_leader=True)

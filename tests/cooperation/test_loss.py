@@ -1,6 +1,5 @@
-"""The loss of a real run against the documented sum, from one plain net for each depth."""
+"""The loss of a run equals the documented sum, computed with one plain net for each depth."""
 
-import csv
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
@@ -9,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer
+from tests.helpers.runs import read_csv
 from tests.helpers.teams import logits_by_hand, make_digits, make_team, make_trainer
 
 STEPS = 4
@@ -21,7 +21,7 @@ EDGES = {
 
 @dataclass
 class Case:
-    """One way to train, with its truth written out."""
+    """One way to train, with the expected terms of its loss."""
 
     team: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
@@ -31,9 +31,9 @@ class Case:
 
     def transfers(self, members):
         """(teacher, student): (weight, temperature)"""
-        found = {pair: self.edges[kind] for kind in self.edges for pair in EDGES[kind]}
-        found |= {(teacher, student): edge for teacher, student, *edge in self.extra}
-        return {pair: edge for pair, edge in found.items() if members.issuperset(pair)}
+        edges = {pair: self.edges[kind] for kind in self.edges for pair in EDGES[kind]}
+        edges |= {(teacher, student): edge for teacher, student, *edge in self.extra}
+        return {pair: edge for pair, edge in edges.items() if members.issuperset(pair)}
 
 
 DISTINCT = {
@@ -90,10 +90,10 @@ def divergence(student, teacher, temperature):
 
 
 class ByHand(pl.Callback):
-    """Does each step's loss and gradients again, before the optimiser's step."""
+    """Computes the loss and the gradients of each step again, before the optimizer steps."""
 
-    def __init__(self, case, logits_by_hand):
-        self.case, self.logits_by_hand = case, logits_by_hand
+    def __init__(self, case):
+        self.case = case
         self.batch, self.loss, self.steps = None, None, []
 
     def on_train_batch_start(self, trainer, team, batch, batch_idx):
@@ -104,11 +104,11 @@ class ByHand(pl.Callback):
 
     def on_after_backward(self, trainer, team):
         images, target = self.batch
-        logits = self.logits_by_hand(team, images)
+        logits = logits_by_hand(team, images)
         ramp = self.case.ramp[len(self.steps)]
         terms = {
-            f"train/ce/{member}": cross_entropy(own, target, team.criterion.label_smoothing)
-            for member, own in logits.items()
+            f"train/ce/{member}": cross_entropy(values, target, team.criterion.label_smoothing)
+            for member, values in logits.items()
         }
         if team.leader_frozen:
             del terms["train/ce/leader"]
@@ -132,11 +132,11 @@ class ByHand(pl.Callback):
 
 @pytest.fixture(scope="module", params=CASES)
 def run(request, tmp_path_factory):
-    """The steps of a run as they were and by hand, and the rows of its log."""
+    """The steps of a run, as taken and by hand, and the rows of its log."""
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp("run")
     team = make_team(**case.team)
-    by_hand = ByHand(case, logits_by_hand)
+    by_hand = ByHand(case)
     trainer = make_trainer(
         folder,
         callbacks=[by_hand],
@@ -145,32 +145,30 @@ def run(request, tmp_path_factory):
         precision="64-true",
     )
     trainer.fit(team, make_digits(**case.data))
-    with open(f"{trainer.log_dir}/metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return by_hand.steps, rows
+    return by_hand.steps, read_csv(f"{trainer.log_dir}/metrics.csv")
 
 
 def test_loss_is_the_documented_sum(run):
     assert len(run[0]) == STEPS
     for step in run[0]:
-        found, expected = step["loss"]
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+        loss, expected = step["loss"]
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, expected, rtol=1e-8, atol=0)
 
 
 def test_gradients_are_those_of_the_documented_sum(run):
     for step in run[0]:
-        found, expected = step["gradients"]
-        assert all(gradient.abs().max() > 0 for gradient in found)
-        torch.testing.assert_close(found, list(expected), rtol=1e-8, atol=1e-8)
+        gradients, expected = step["gradients"]
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        torch.testing.assert_close(gradients, list(expected), rtol=1e-8, atol=1e-8)
 
 
 def test_each_term_is_logged_under_its_name(run):
     steps, rows = run
     assert len(rows) == STEPS
     for step, row in zip(steps, rows, strict=True):
-        found = {name: float(value) for name, value in row.items() if name.startswith("train/")}
-        assert found == pytest.approx(step["log"], rel=1e-5)
+        logged = {name: float(value) for name, value in row.items() if name.startswith("train/")}
+        assert logged == pytest.approx(step["log"], rel=1e-5)
 
 
 def test_teachers_get_no_gradient():

@@ -1,7 +1,7 @@
 """Members as modules, and teams of more than two Teammates."""
 
-import csv
 import json
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,25 +10,28 @@ from torch import nn
 from teamnet_pl import ElasticNet, Team, TeammateConfig
 from teamnet_pl.backbones import CifarResNet
 from teamnet_pl.deploy import Predictor, Teammate
+from tests.helpers.runs import BEST, LAST, error_of, logged_rows
 from tests.helpers.teams import (
+    TINY_RESNET,
     assert_same_state,
     extracted_logits,
+    fit_and_save,
     make_digits,
     make_team,
     make_trainer,
     snapshot,
 )
 
-TINY = {"name": "cifar/resnet20", "options": {"width": 4}}
-THIRD = {"c": {**TINY, "depths": [7, 1]}}
+THIRD = {"c": TINY_RESNET | {"depths": [7, 1]}}
 
 
 def resnet():
     return CifarResNet(20, 10, 1, 4)
 
 
-def of_modules(seed=0, **changes) -> Team:
-    torch.manual_seed(seed)
+def team_of_modules(**changes) -> Team:
+    """The team of `make_team`, of modules; some of them may be given."""
+    torch.manual_seed(0)
     members = {
         "leader": resnet(),
         "a": ElasticNet(resnet(), (1, 8, 8), depths=3),
@@ -37,16 +40,16 @@ def of_modules(seed=0, **changes) -> Team:
     return Team(10, (1, 8, 8), **members | changes)
 
 
-def test_a_team_of_modules_trains_as_one_of_configs(tmp_path):
+def test_a_team_of_modules_trains_like_one_of_configs(tmp_path):
     states = []
-    for team in (of_modules(), make_team()):
+    for team in (team_of_modules(), make_team()):
         make_trainer(tmp_path, limit_train_batches=3).fit(team, make_digits())
         states.append(snapshot(team))
     assert_same_state(*states)
 
 
 def test_a_backbone_becomes_elastic():
-    team = of_modules(b=resnet())
+    team = team_of_modules(b=resnet())
     assert isinstance(team.elastic_nets["b"], ElasticNet)
     assert len(team.elastic_nets["b"].depths) == 4
     logits = team(torch.randn(2, 1, 8, 8))
@@ -55,7 +58,7 @@ def test_a_backbone_becomes_elastic():
 
 def test_a_leader_without_gradients_only_teaches():
     leader = resnet().requires_grad_(False)
-    team = of_modules(leader=leader)
+    team = team_of_modules(leader=leader)
     assert team.leader_frozen
     assert not team.train().leader.training
     terms = team.criterion.terms(team(torch.randn(4, 1, 8, 8)), torch.arange(4))
@@ -64,11 +67,8 @@ def test_a_leader_without_gradients_only_teaches():
 
 
 def test_a_checkpoint_of_modules_needs_modules(tmp_path):
-    team = of_modules()
-    trainer = make_trainer(tmp_path, limit_train_batches=2)
-    trainer.fit(team, make_digits())
-    path = tmp_path / "team.ckpt"
-    trainer.save_checkpoint(path)
+    team = team_of_modules()
+    path = fit_and_save(team, tmp_path, batches=2)
     modules = {"leader": resnet(), "a": ElasticNet(resnet(), (1, 8, 8), depths=3)}
     other = ElasticNet(resnet(), (1, 8, 8), depths=3, interleaved=True)
     restored = Team.load_from_checkpoint(path, **modules, b=other)
@@ -89,24 +89,24 @@ def test_a_checkpoint_of_modules_needs_modules(tmp_path):
 )
 def test_modules_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        of_modules(**changes)
+        team_of_modules(**changes)
 
 
 def test_modules_may_not_share_weights():
     net = resnet()
     with pytest.raises(ValueError, match="leader and b share weights"):
-        of_modules(leader=net, b=net)
+        team_of_modules(leader=net, b=net)
 
 
-def test_a_third_teammate_learns_from_each_and_teaches_each():
+def test_a_third_teammate_learns_from_and_teaches_the_others():
     team = make_team(extra_teammates={"c": TeammateConfig(**THIRD["c"])})
     assert team.members()[-2:] == ["c/d7", "c/d1"]
-    edges = {str(transfer) for transfer in team.transfers}
-    peers = {f"{x}/d7->{y}/d7" for x in "abc" for y in "abc" if x != y}
-    assert peers | {"leader->c/d7", "c/d7->c/d1"} <= edges
+    transfers = {str(transfer) for transfer in team.transfers}
+    peers = {f"{teacher}/d7->{student}/d7" for teacher, student in permutations("abc", 2)}
+    assert peers | {"leader->c/d7", "c/d7->c/d1"} <= transfers
 
 
-def test_the_ensemble_is_of_all_teammates():
+def test_the_ensemble_averages_all_teammates():
     team = make_team(extra_teammates={"c": TeammateConfig(**THIRD["c"])}).eval()
     images = torch.randn(4, 1, 8, 8)
     logits = extracted_logits(team, images)
@@ -117,31 +117,30 @@ def test_the_ensemble_is_of_all_teammates():
 
 
 @pytest.mark.parametrize("name", ["a", "leader", "ensemble", "c/d", "c.d", "", "1"])
-def test_names_that_a_teammate_cannot_have(name):
+def test_reserved_and_invalid_names_are_refused(name):
     with pytest.raises(ValueError, match=f"Teammate {name!r} needs another name"):
         make_team(extra_teammates={name: TeammateConfig(**THIRD["c"])})
 
 
 @pytest.fixture(scope="module")
 def three(cli, tmp_path_factory):
-    """A run of three Teammates by the command line, the third of them in a config."""
+    """The checkpoints of a run of three Teammates, the third of which is in a config."""
     folder = tmp_path_factory.mktemp("three")
     (folder / "third.yaml").write_text(json.dumps({"model": {"extra_teammates": THIRD}}))
     cli(folder, "fit", "--config", "third.yaml", "--test_after_fit", "true")
-    return folder / "logs/version_0/checkpoints"
+    return (folder / BEST).parent
 
 
-def test_a_third_teammate_is_a_config_away(three):
+def test_a_third_teammate_needs_only_a_config(three):
     team = Team.load_from_checkpoint(three / "best.ckpt")
     assert list(team.teammates) == ["a", "b", "c"]
     rows = json.loads((three / "per_depth.json").read_text())
     assert [row["depth"] for row in rows if row["net"] == "c"] == ["d7", "d1"]
-    with open(three.parent / "metrics.csv", newline="") as file:
-        names = next(csv.reader(file))
-    assert {"test/accuracy/c/d1", "train/kd/c/d7->a/d7"} <= set(names)
+    names = logged_rows(three.parents[2])[0].keys()
+    assert {"test/accuracy/c/d1", "train/kd/c/d7->a/d7"} <= names
 
 
-def test_the_commands_take_the_third(cli, three, tmp_path):
+def test_the_commands_accept_a_third_teammate(cli, three, tmp_path):
     path = three / "best.ckpt"
     cli(tmp_path, "test", "--ckpt_path", path, tiny=False)
     cli(tmp_path, "profile", "--ckpt_path", path, "--teammate", "c", "--runs", 1, tiny=False)
@@ -155,24 +154,23 @@ def test_the_commands_take_the_third(cli, three, tmp_path):
     images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         logits = extracted_logits(team, predictor.preprocessing(images))["c/d1"]
-    found = predictor.predict(images).probabilities
-    torch.testing.assert_close(found, logits.softmax(-1), rtol=1e-4, atol=1e-5)
+    probabilities = predictor.predict(images).probabilities
+    torch.testing.assert_close(probabilities, logits.softmax(-1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="a, b, c; found d"):
         Teammate.from_checkpoint(path, "d")
 
 
-def test_a_run_of_three_is_resumed(cli, three, tmp_path):
+def test_a_run_of_three_teammates_is_resumed(cli, three, tmp_path):
     last = three / "last.ckpt"
     options = ["--trainer.max_epochs", 2, "--trainer.limit_train_batches", 2]
     cli(tmp_path, "fit", "--ckpt_path", last, *options, tiny=False)
-    saved = torch.load(tmp_path / "logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / LAST, weights_only=True)
     assert saved["global_step"] == 4
     assert saved["hyper_parameters"]["extra_teammates"]["c"]["depths"] == [7, 1]
 
 
-def test_another_third_teammate_is_refused_on_resuming(cli, three, tmp_path, capsys):
+def test_a_changed_third_teammate_is_refused_on_resuming(cli, three, tmp_path, capsys):
     third = json.dumps({"c": {**THIRD["c"], "depths": [7, 2]}})
     words = ["--ckpt_path", three / "last.ckpt", "--model.extra_teammates", third]
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", *words, tiny=False)
-    assert "another extra_teammates.c.depths" in " ".join(capsys.readouterr().err.split())
+    error = error_of(capsys, cli, tmp_path, "fit", *words, tiny=False)
+    assert "another extra_teammates.c.depths" in error

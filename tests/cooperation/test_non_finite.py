@@ -1,10 +1,8 @@
-"""What becomes of losses, gradients, weights and predictions that are infinite or NaN."""
+"""Losses, gradients, weights and predictions that are infinite or NaN."""
 
-import csv
 import json
 import os
 import subprocess
-import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.cooperation import Cooperation, OptimizerConfig
+from tests.helpers.runs import read_csv, teamnet_command
 from tests.helpers.teams import (
     CONSTANT,
     assert_same_state,
@@ -28,7 +27,7 @@ NAN = float("nan")
 
 
 def batches(poisoned=(), left_out=(), count=4):
-    """A loader of batches of eight images, some with a NaN."""
+    """A loader of batches of eight images, some of which have a NaN."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count, 8, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (count, 8), generator=generator)
@@ -38,52 +37,47 @@ def batches(poisoned=(), left_out=(), count=4):
     return DataLoader(dataset, batch_size=8)
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A team after a fit at a constant rate with all transfers at their weight, and its trainer."""
-
-    def run(loader, on_non_finite="skip", prepare=lambda team: None, **kwargs):
-        team = make_team(
-            schedule=CONSTANT,
-            optimizer=OptimizerConfig(lr=0.05),
-            cooperation=Cooperation(ramp=0.0),
-            on_non_finite=on_non_finite,
-        )
-        prepare(team)
-        trainer = make_trainer(tmp_path, **kwargs)
-        trainer.fit(team, loader, loader)
-        return team, trainer
-
-    return run
+def fit(folder, loader, on_non_finite="skip", prepare=lambda team: None, **kwargs):
+    """Fits a team at a constant rate with full transfers; returns it and its trainer."""
+    team = make_team(
+        schedule=CONSTANT,
+        optimizer=OptimizerConfig(lr=0.05),
+        cooperation=Cooperation(ramp=0.0),
+        on_non_finite=on_non_finite,
+    )
+    prepare(team)
+    trainer = make_trainer(folder, **kwargs)
+    trainer.fit(team, loader, loader)
+    return team, trainer
 
 
 def scaled():
-    """16 bits with a scaler of losses, on the processor."""
+    """16-bit precision with a loss scaler, on the CPU."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_loss_that_is_not_finite_stops_the_training(trained, accumulated):
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, accumulated):
     with pytest.raises(ValueError, match=f"^Step {2 // accumulated}: the term ce/leader of the"):
-        trained(batches(poisoned=[2]), "raise", accumulate_grad_batches=accumulated)
+        fit(tmp_path, batches(poisoned=[2]), "raise", accumulate_grad_batches=accumulated)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_training(trained):
+def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):
     def prepare(team):
         team.teammates["a"].backbone.fc.bias.register_hook(lambda gradient: gradient * torch.inf)
 
     with pytest.raises(ValueError, match=r"Step 0: the gradient of teammates.a.backbone.fc.bias"):
-        trained(batches(), "raise", prepare)
+        fit(tmp_path, batches(), "raise", prepare)
 
 
 @pytest.mark.parametrize("plugin", [None, scaled], ids=["32", "16-mixed"])
-def test_a_skipped_step_leaves_no_trace(trained, plugin):
+def test_a_skipped_step_leaves_no_trace(tmp_path, plugin):
     def options():
         return {} if plugin is None else {"plugins": [plugin()]}
 
     with pytest.warns(UserWarning, match="Step 1 is skipped: the term ce/leader of the loss is"):
-        team, trainer = trained(batches(poisoned=[1]), **options())
-    expected, _ = trained(batches(left_out=[1]), **options())
+        team, trainer = fit(tmp_path, batches(poisoned=[1]), **options())
+    expected, _ = fit(tmp_path, batches(left_out=[1]), **options())
     assert_same_state(team.state_dict(), expected.state_dict())
     assert trainer.callback_metrics["train/skipped_steps"] == 1
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
@@ -93,33 +87,34 @@ def test_a_skipped_step_leaves_no_trace(trained, plugin):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("plugin", [None, scaled], ids=["32", "16-mixed"])
 @pytest.mark.parametrize("poisoned", [0, 1])
-def test_of_accumulated_batches_all_are_skipped(trained, plugin, poisoned):
+def test_all_accumulated_batches_of_a_step_are_skipped(tmp_path, plugin, poisoned):
     options = {"accumulate_grad_batches": 2}
-    found, expected = (
-        trained(loader, **options, **({} if plugin is None else {"plugins": [plugin()]}))
+    skipped, expected = (
+        fit(tmp_path, loader, **options, **({} if plugin is None else {"plugins": [plugin()]}))
         for loader in (batches(poisoned=[poisoned]), batches(left_out=[0, 1]))
     )
-    # The scaler halves its scale with the step that it skips, so that 16 bits round otherwise.
+    # The scaler halves its scale at the skipped step, which changes the rounding of 16-bit values.
     tolerance = {"rtol": 0, "atol": 0} if plugin is None else {"rtol": 1e-3, "atol": 1e-4}
-    for a, b in zip(found[0].parameters(), expected[0].parameters(), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-    assert found[1].callback_metrics["train/skipped_steps"] == 1
+    pairs = zip(skipped[0].parameters(), expected[0].parameters(), strict=True)
+    for actual_parameter, expected_parameter in pairs:
+        torch.testing.assert_close(actual_parameter, expected_parameter, **tolerance)
+    assert skipped[1].callback_metrics["train/skipped_steps"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:Step . is skipped")
-def test_a_skipped_gradient_changes_no_weight(trained):
+def test_a_skipped_gradient_changes_no_weight(tmp_path):
     def prepare(team):
         team.leader.fc.bias.register_hook(lambda gradient: gradient * torch.inf)
         team.before = snapshot(team)
 
-    team, trainer = trained(batches(), prepare=prepare)
+    team, trainer = fit(tmp_path, batches(), prepare=prepare)
     for name, parameter in team.named_parameters():
         assert torch.equal(parameter, team.before[name]), name
     assert trainer.callback_metrics["train/skipped_steps"] == 4
 
 
-def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
-    team, trainer = trained(batches())
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    team, trainer = fit(tmp_path, batches())
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     with torch.no_grad():
         team.leader.fc.weight[1, 2] = torch.inf
@@ -128,12 +123,12 @@ def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
     assert not (tmp_path / "bad.ckpt").exists()
 
 
-def test_unknown_ways_are_refused():
+def test_unknown_values_of_on_non_finite_are_refused():
     with pytest.raises(ValueError, match="on_non_finite must be raise or skip, found 'ignore'"):
         make_team(on_non_finite="ignore")
 
 
-def test_the_first_tensor_is_named():
+def test_the_first_non_finite_tensor_is_named():
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, NAN, torch.inf]), "c": torch.tensor(NAN)}
     with pytest.raises(ValueError, match=r"^x has weights .* 2 of 3 values of b, the first such"):
         check_finite(weights, "x")
@@ -165,7 +160,7 @@ def test_predictions_that_are_not_finite_are_scored_as_nan(tmp_path, split, valu
     assert "nan%" in capsys.readouterr().out
 
 
-def test_one_such_image_is_enough(tmp_path):
+def test_one_non_finite_image_makes_all_metrics_nan(tmp_path):
     team = make_team()
     images, labels = torch.randn(20, 1, 8, 8), torch.randint(10, (20,))
     images[5] = NAN
@@ -181,8 +176,7 @@ def test_predictions_that_are_not_finite_are_left_blank(tmp_path):
     loader = DataLoader(TensorDataset(images, torch.zeros(4)), batch_size=3)
     trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
     trainer.predict(team, loader)
-    with open(tmp_path / "predictions.csv", newline="") as file:
-        rows = [list(row.values())[1:] for row in csv.DictReader(file)]
+    rows = [list(row.values())[1:] for row in read_csv(tmp_path / "predictions.csv")]
     assert [set(row) == {""} for row in rows] == [False, False, True, False]
     assert all("" not in row for row in rows if set(row) != {""})
 
@@ -192,12 +186,12 @@ def test_metrics_are_sums_in_at_least_single_precision(tmp_path, precision):
     team = make_team(b=None)
     data = make_digits(batch_size=16)
     trainer = make_trainer(tmp_path, precision=precision, limit_val_batches=1.0)
-    # As after a step at a high rate: each image has another loss, most of them large.
+    # As after a step at a high rate: the losses of the images differ, and most are large.
     with torch.no_grad():
         for net in (team.leader, team.teammates["a"].backbone):
             net.fc.weight.mul_(20)
     trainer.test(team, data, verbose=False)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     predicted = trainer.predict(team, data)
     labels = torch.cat([labels for _, labels in data.test_dataloader()])
     for member in team.members():
@@ -208,23 +202,22 @@ def test_metrics_are_sums_in_at_least_single_precision(tmp_path, precision):
         right = probabilities.argmax(1) == labels
         picked = probabilities[torch.arange(len(labels)), labels]
         loss = -picked.clamp_min(tiny_value).log().mean()
-        assert found[f"test/loss/{member}"] == pytest.approx(float(loss), rel=1e-5)
-        assert found[f"test/accuracy/{member}"] == pytest.approx(float(right.double().mean()))
+        assert metrics[f"test/loss/{member}"] == pytest.approx(float(loss), rel=1e-5)
+        assert metrics[f"test/accuracy/{member}"] == pytest.approx(float(right.double().mean()))
         confidence = probabilities.max(1).values
         bins = (confidence * 15).ceil().clamp(1, 15)
         error = sum(
             float((right.double() - confidence)[bins == b].sum().abs()) for b in range(1, 16)
         )
-        calibration = found[f"test/calibration_error/{member}"]
+        calibration = metrics[f"test/calibration_error/{member}"]
         assert calibration == pytest.approx(error / len(labels), abs=2e-3)
 
 
-def process(cli, own_nets, folder, *args):
-    """Runs ``teamnet fit`` in a process of its own."""
+def fit_in_a_process(cli, own_nets, folder, *args):
+    """Runs ``teamnet fit`` in a new process."""
     path = os.pathsep.join([str(own_nets), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "teamnet_pl", "fit", "--config", str(cli.config), *args]
     return subprocess.run(
-        command,
+        teamnet_command("fit", "--config", cli.config, *args),
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -233,14 +226,16 @@ def process(cli, own_nets, folder, *args):
     )
 
 
-@pytest.mark.fault("the loss becomes infinite or NaN", "a sentence; exit code 2; nothing is saved")
-def test_the_command_line_says_so(cli, own_nets, tmp_path):
+@pytest.mark.fault(
+    "an infinite or NaN loss", "The run stops with one sentence and status 2; nothing is saved."
+)
+def test_the_command_line_reports_a_non_finite_loss(cli, own_nets, tmp_path):
     options = ["--model.optimizer.lr", "1e6", "--trainer.limit_train_batches", "5"]
-    done = process(cli, own_nets, tmp_path, *options)
-    assert done.returncode == 2
-    assert "of the loss is" in done.stderr
-    assert "Step" in done.stderr
-    assert "Traceback" not in done.stderr
+    run = fit_in_a_process(cli, own_nets, tmp_path, *options)
+    assert run.returncode == 2
+    assert "of the loss is" in run.stderr
+    assert "Step" in run.stderr
+    assert "Traceback" not in run.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -250,27 +245,29 @@ POISONED += ["--trainer.limit_train_batches", "3"]
 
 
 @pytest.mark.slow
-@pytest.mark.fault("the loss becomes NaN in one of two processes", "both stop; exit code 2")
-def test_one_of_two_processes_stops_both(cli, own_nets, tmp_path):
-    done = process(cli, own_nets, tmp_path, *POISONED)
-    assert done.returncode == 2
-    assert "Step 1: the term ce/leader of the loss is nan" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.fault(
+    "a NaN loss in one of two processes", "Both processes stop; the exit status is 2."
+)
+def test_a_non_finite_loss_in_one_of_two_processes_stops_both(cli, own_nets, tmp_path):
+    run = fit_in_a_process(cli, own_nets, tmp_path, *POISONED)
+    assert run.returncode == 2
+    assert "Step 1: the term ce/leader of the loss is nan" in run.stderr
+    assert "Traceback" not in run.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_skips_for_both(cli, own_nets, tmp_path):
-    done = process(cli, own_nets, tmp_path, *POISONED, "--model.on_non_finite", "skip")
-    assert done.returncode == 0, done.stderr
+def test_a_non_finite_loss_in_one_of_two_processes_skips_the_step_in_both(cli, own_nets, tmp_path):
+    run = fit_in_a_process(cli, own_nets, tmp_path, *POISONED, "--model.on_non_finite", "skip")
+    assert run.returncode == 0, run.stderr
     saved = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
     assert saved["teamnet"]["skipped_steps"] == 1
     assert saved["global_step"] == 3
     check_finite(saved["state_dict"], "last.ckpt")
 
 
-class Reduced(pl.Callback):
-    """Counts the collectives of training steps."""
+class CollectiveCounter(pl.Callback):
+    """Counts the collective operations of training steps."""
 
     def on_train_start(self, trainer, pl_module):
         self.calls, reduce = 0, trainer.strategy.reduce
@@ -282,7 +279,7 @@ class Reduced(pl.Callback):
         trainer.strategy.reduce = counted
 
 
-def test_a_step_has_one_collective(trained):
-    reduced = Reduced()
-    trained(batches(), "raise", callbacks=[reduced])
-    assert reduced.calls == 4
+def test_a_step_has_one_collective_operation(tmp_path):
+    counter = CollectiveCounter()
+    fit(tmp_path, batches(), "raise", callbacks=[counter])
+    assert counter.calls == 4

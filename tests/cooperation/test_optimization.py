@@ -12,12 +12,12 @@ STEPS = 10
 
 
 def rates_of_torch(peak, warmup, steps, final):
-    """The same schedule by torch's own schedulers."""
+    """The same schedule, made of the schedulers of torch."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
     cosine = CosineAnnealingLR(optimizer, steps - warmup, eta_min=final * peak)
     schedule = cosine
     if warmup > 1:
-        # torch starts at a factor of the first step and is at the peak after the others.
+        # torch begins with the factor of the first step and reaches the peak in the others.
         linear = LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
         schedule = SequentialLR(optimizer, [linear, cosine], [warmup])
     rates = []
@@ -29,7 +29,7 @@ def rates_of_torch(peak, warmup, steps, final):
 
 
 @pytest.mark.parametrize(("warmup", "final"), [(0.0, 0.0), (0.4, 0.0), (0.3, 0.05)])
-def test_learning_rate_of_a_run_is_that_of_torchs_schedulers(tmp_path, warmup, final):
+def test_the_learning_rate_follows_the_schedulers_of_torch(tmp_path, warmup, final):
     recorder = Recorder()
     team = make_team(
         b=None,
@@ -62,12 +62,12 @@ def test_the_factor_stays_between_final_and_one(warmup, final, steps):
     assert all(0 < factor <= 1 for factor in factors[:-1])
     assert after == sorted(after, reverse=True)
     assert factors[-1] == pytest.approx(final)
-    # A run that goes on beyond what was foreseen stays at the end.
+    # A run that takes more steps than planned stays at the final factor.
     assert config.factor(2 * steps, steps) == pytest.approx(final)
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0])
-def test_warmup_is_a_share(warmup):
+def test_warmup_must_be_a_share(warmup):
     with pytest.raises(ValueError, match="warmup"):
         ScheduleConfig(warmup=warmup)
 
@@ -93,7 +93,7 @@ def test_optimizers_by_name(name, expected, values):
 
 
 @pytest.mark.parametrize(("name", "meant"), [("adamv", "adamw"), ("sgdd", "sgd"), ("x", "sgd")])
-def test_unknown_optimizers_are_answered_with_near_ones(name, meant):
+def test_unknown_optimizers_get_suggestions(name, meant):
     with pytest.raises(
         ValueError, match=f"no optimiser '{name}'. Did you mean .*'{meant}'"
     ) as error:
@@ -101,7 +101,7 @@ def test_unknown_optimizers_are_answered_with_near_ones(name, meant):
     assert ("'rmsprop'" in str(error.value)) == (name == "x")
 
 
-def test_options_that_an_optimizer_does_not_take_are_refused():
+def test_unknown_options_of_an_optimizer_are_refused():
     with pytest.raises(ValueError, match=r"sgd does not take the options.*moment"):
         OptimizerConfig("sgd", options={"moment": 0.9}).create(torch.nn.Linear(2, 2))
 
@@ -120,7 +120,7 @@ def test_options_that_timm_would_ignore_are_refused(name, options, ignored):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_an_optimizer_that_needs_what_is_not_here_is_refused():
+def test_an_optimizer_that_needs_cuda_is_refused_without_it():
     with pytest.raises(ValueError, match="bnbadamw cannot run here: CUDA"):
         OptimizerConfig("bnbadamw")
 
@@ -167,8 +167,8 @@ def test_norms_and_biases_do_not_decay(frozen, per_depth_affine):
     ],
     ids=lambda value: value[0],
 )
-def test_groups_are_those_that_timm_makes_of_each_backbone(backbone, options):
-    """By name: rate and decay of each parameter."""
+def test_parameter_groups_match_those_of_timm(backbone, options):
+    """Each parameter has the same rate and weight decay."""
     name, arguments = backbone
     config = {"name": name, "options": arguments}
     team = make_team(
@@ -184,21 +184,24 @@ def test_groups_are_those_that_timm_makes_of_each_backbone(backbone, options):
         truth = create_optimizer_v2(net, "adamw", lr=0.01, weight_decay=0.05, **options)
         expected = values_by_parameter(truth, scaled=True)
         assert expected.keys() == {id(parameter) for parameter in net.parameters()}
-        found = values_by_parameter(optimizer)
-        for key, values in expected.items():
-            assert found[key] == pytest.approx(values), part
+        values = values_by_parameter(optimizer)
+        for key, value in expected.items():
+            assert values[key] == pytest.approx(value), part
     for copied, original in team.elastic_nets["a"].copied_parameters():
-        assert found[id(copied)] == found[id(original)]
+        assert values[id(copied)] == values[id(original)]
     everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(everything) == len(set(everything))
     assert set(everything) == {id(parameter) for parameter in team.parameters()}
     if options and "timm" in name:
-        rates = {rate for rate, _ in found.values()}
+        rates = {rate for rate, _ in values.values()}
         assert len(rates) > 2
 
 
 def values_by_parameter(optimizer, scaled=False):
-    """Learning rate and weight decay of each parameter; timm's schedules apply ``lr_scale``."""
+    """The learning rate and weight decay of each parameter.
+
+    Scaled rates are those that the schedules of timm make of ``lr_scale``.
+    """
     return {
         id(parameter): (
             group["lr"] * (group.get("lr_scale", 1) if scaled else 1),
@@ -209,7 +212,7 @@ def values_by_parameter(optimizer, scaled=False):
     }
 
 
-def test_a_run_without_an_end_has_the_peak_rate_and_all_transfers(tmp_path):
+def test_a_run_of_unknown_length_has_the_peak_rate_and_full_transfers(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(
         tmp_path,

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the one that nobody stopped, bit for bit."""
+"""A resumed run equals the uninterrupted one, bit for bit."""
 
 import copy
 import json
@@ -21,14 +21,14 @@ from torchvision.transforms import v2
 from teamnet_pl.callbacks import LastCheckpoint
 from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
 from teamnet_pl.cooperation.optimization import StepSchedule
+from tests.helpers.runs import LAST, error_of
 from tests.helpers.teams import Recorder, assert_same_state, make_digits, make_team, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LAST = "logs/version_0/checkpoints/last.ckpt"
 
 
-class Rows(Logger):
-    """Keeps each value by step and name, and minds if there are two."""
+class ValueLogger(Logger):
+    """Keeps each value by step and name, of which there must be only one."""
 
     name, version = "rows", 0
 
@@ -45,8 +45,8 @@ class Rows(Logger):
                 self.values[step, name] = value
 
 
-class Keep(LastCheckpoint):
-    """Keeps every ``last.ckpt``, and how much of the log was there."""
+class EveryCheckpoint(LastCheckpoint):
+    """Keeps every ``last.ckpt``, and the keys of the values logged before."""
 
     def __init__(self, folder):
         super().__init__(folder, every_n_train_steps=1)
@@ -60,7 +60,7 @@ class Keep(LastCheckpoint):
 
 
 class Noise(v2.Transform):
-    """Draws from NumPy and Python, as many augmentations do."""
+    """Draws from the generators of NumPy and Python, as many augmentations do."""
 
     def transform(self, inpt, params):
         return v2.functional.to_image(inpt) + np.random.randint(3) + random.randrange(3)  # noqa: NPY002
@@ -94,16 +94,18 @@ CASES = {
 }
 
 
-@pytest.mark.fault("a run stops within an epoch", "it goes on to the same weights, bit for bit")
+@pytest.mark.fault(
+    "a run that stops within an epoch", "The resumed run reaches the same weights, bit for bit."
+)
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case):
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
     options = CASES[case]
 
     def fit(seed=0, keep=None, **kwargs):
         team = make_team(seed=seed, **{"b": None} | options.get("team", {}))
         data = make_digits(**{"train_size": 150} | options.get("data", {}))
         pl.seed_everything(seed, verbose=False)
-        logger = Rows()
+        logger = ValueLogger()
         callbacks = options.get("callbacks", list)()
         trainer = make_trainer(
             tmp_path,
@@ -117,10 +119,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case):
         state = copy.deepcopy(team.state_dict()), trainer.optimizers[0].state_dict()
         return *state, logger.values, data.batch_size
 
-    keep = Keep(tmp_path)
+    keep = EveryCheckpoint(tmp_path)
     weights, optimizer, log, batch_size = fit(keep=keep)
     assert len(keep.kept) >= 3
-    # All but the last one, from which there is nothing to do.
+    # All but the last one, which has nothing left to do.
     for path, logged in keep.kept[: -1 : options.get("every", 2)]:
         resumed = fit(seed=1, ckpt_path=path)
         assert_same_state(resumed[0], weights)
@@ -149,14 +151,14 @@ def test_a_search_does_not_change_the_length_of_the_schedule(tmp_path, finder):
 
 @pytest.fixture(scope="module")
 def stopped(cli, tmp_path_factory):
-    """A run of one epoch, with settings that are not the defaults."""
+    """The folder of a run of one epoch, with settings that are not the defaults."""
     folder = tmp_path_factory.mktemp("stopped")
     options = ["--trainer.gradient_clip_val", 0.5, "--trainer.accumulate_grad_batches", 2]
     cli(folder, "fit", *options, "--seed_everything", 7, "--trainer.limit_val_batches", 1)
     return folder
 
 
-def test_the_settings_of_the_run_come_back(cli, stopped, tmp_path):
+def test_the_settings_of_the_run_are_restored(cli, stopped, tmp_path):
     path = stopped / LAST
     cli(tmp_path, "fit", "--ckpt_path", path, "--trainer.max_epochs", 2, tiny=False)
     text = (tmp_path / "logs/version_0/config.yaml").read_text()
@@ -173,16 +175,15 @@ def test_the_settings_of_the_run_come_back(cli, stopped, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["callbacks", "logger", "profiler", "default_root_dir"])
-def test_a_checkpoint_sets_nothing_else(cli, stopped, tmp_path, capsys, name):
+def test_a_checkpoint_may_not_set_other_trainer_options(cli, stopped, tmp_path, capsys, name):
     content = torch.load(stopped / LAST, weights_only=True)
     content["teamnet"]["settings"]["trainer"][name] = "somewhere"
     torch.save(content, tmp_path / "edited.ckpt")
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", "--ckpt_path", "edited.ckpt", tiny=False)
-    assert f"sets trainer.{name}, which no checkpoint may" in capsys.readouterr().err
+    error = error_of(capsys, cli, tmp_path, "fit", "--ckpt_path", "edited.ckpt", tiny=False)
+    assert f"sets trainer.{name}, which a checkpoint may not set" in error
 
 
-def test_another_learning_rate_and_weight_decay_are_applied(cli, stopped, tmp_path):
+def test_a_new_learning_rate_and_weight_decay_are_applied(cli, stopped, tmp_path):
     options = ["--model.optimizer.lr", 0.02, "--model.optimizer.weight_decay", 0.003]
     options += ["--model.schedule", json.dumps({"warmup": 0.0, "final": 1.0})]
     options += ["--trainer.max_epochs", 2]
@@ -192,7 +193,9 @@ def test_another_learning_rate_and_weight_decay_are_applied(cli, stopped, tmp_pa
     assert {group["weight_decay"] for group in state["param_groups"]} == {0.0, 0.003}
 
 
-@pytest.mark.fault("a run is resumed as another one", "one sentence that names the difference")
+@pytest.mark.fault(
+    "a run resumed with incompatible options", "The error names the difference in one sentence."
+)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -204,22 +207,20 @@ def test_another_learning_rate_and_weight_decay_are_applied(cli, stopped, tmp_pa
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_go_on_is_refused(cli, stopped, tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", "--ckpt_path", stopped / LAST, *options, tiny=False)
-    assert message in capsys.readouterr().err
+def test_incompatible_runs_are_not_resumed(cli, stopped, tmp_path, capsys, options, message):
+    words = ["--ckpt_path", stopped / LAST, *options]
+    assert message in error_of(capsys, cli, tmp_path, "fit", *words, tiny=False)
 
 
-def test_weights_alone_are_not_resumed(cli, stopped, tmp_path, capsys):
+def test_weights_alone_cannot_be_resumed(cli, stopped, tmp_path, capsys):
     content = torch.load(stopped / LAST, weights_only=True)
     del content["optimizer_states"], content["lr_schedulers"], content["callbacks"]
     torch.save(content, tmp_path / "weights.ckpt")
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", "--ckpt_path", "weights.ckpt", tiny=False)
-    assert "holds weights alone" in capsys.readouterr().err
+    error = error_of(capsys, cli, tmp_path, "fit", "--ckpt_path", "weights.ckpt", tiny=False)
+    assert "holds weights alone" in error
 
 
-def test_another_number_of_steps_is_applied():
+def test_a_new_number_of_steps_is_applied():
     config = OptimizerConfig(lr=0.1)
     optimizer = config.create(torch.nn.Linear(2, 2))
     schedule = StepSchedule(optimizer, ScheduleConfig(warmup=0.0), peak=0.1)
@@ -241,15 +242,13 @@ def test_the_newest_checkpoint_is_found(cli, stopped, tmp_path, monkeypatch, kin
     assert torch.load(path, weights_only=True)["global_step"] == 2
 
 
-@pytest.mark.fault("there is no checkpoint to resume from", "an error that says where it looked")
+@pytest.mark.fault("no checkpoint to resume from", "The error names the folder that was searched.")
 @pytest.mark.parametrize("kind", ["last", "best", "hpc"])
 @pytest.mark.parametrize("kept", [False, True])
-def test_nothing_to_go_on_from_is_an_error(cli, tmp_path, capsys, kind, kept):
+def test_a_missing_checkpoint_to_resume_from_is_an_error(cli, tmp_path, capsys, kind, kept):
     folder = tmp_path / ("" if kind == "hpc" else "kept" if kept else "logs")
     options = ["--checkpoint.dirpath", "kept"] if kept else []
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", "--ckpt_path", kind, *options)
-    error = capsys.readouterr().err
+    error = error_of(capsys, cli, tmp_path, "fit", "--ckpt_path", kind, *options)
     assert f"no checkpoint for --ckpt_path {kind}" in error
     assert f"in {folder.resolve()}." in error
     assert not (tmp_path / "logs").exists()

@@ -11,13 +11,14 @@ from teamnet_pl.cooperation import Cooperation, Edge, Team
 from tests.helpers.teams import (
     assert_same_state,
     extracted_logits,
+    fit_and_save,
     make_digits,
     make_team,
     make_trainer,
     snapshot,
 )
 
-THREE = {
+THREE_ARCHITECTURES = {
     "leader": {},
     "a": {"name": "torchvision/mobilenet_v3_small", "options": {}, "depths": 2},
     "b": {"name": "timm/test_vit", "options": {"img_size": 8, "patch_size": 4}, "depths": 3},
@@ -25,7 +26,7 @@ THREE = {
 
 
 class Calls:
-    """Counts the calls of functions."""
+    """Counts the calls of functions, each given by its owner and attribute."""
 
     def __init__(self, monkeypatch, **functions):
         self.counts = dict.fromkeys(functions, 0)
@@ -41,7 +42,7 @@ class Calls:
         return counted
 
 
-def test_one_forward_one_backward_and_one_step_a_batch(tmp_path, monkeypatch):
+def test_one_forward_one_backward_and_one_step_per_batch(tmp_path, monkeypatch):
     team = make_team()
     calls = Calls(
         monkeypatch,
@@ -65,7 +66,7 @@ def test_one_forward_one_backward_and_one_step_a_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_three_architectures_train(tmp_path, precision):
-    team = make_team(**THREE)
+    team = make_team(**THREE_ARCHITECTURES)
     before = snapshot(team)
     trainer = make_trainer(
         tmp_path, limit_train_batches=2, limit_val_batches=1, precision=precision
@@ -83,22 +84,20 @@ def test_three_architectures_train(tmp_path, precision):
         assert all(moved)
 
 
-def test_bf16_logits_come_out_in_single_precision():
+def test_bf16_logits_are_returned_in_single_precision():
     team = make_team()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert team.leader(torch.randn(2, 1, 8, 8)).dtype == torch.bfloat16
         logits = team(torch.randn(2, 1, 8, 8))
-    assert {own.dtype for own in logits.values()} == {torch.float32}
+    assert {values.dtype for values in logits.values()} == {torch.float32}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A team's Lightning checkpoint and a plain file of its Leader's weights."""
+    """A folder with a team's checkpoint and a file of its Leader's weights; the team's state."""
     folder = tmp_path_factory.mktemp("weights")
     team = make_team(seed=1, a={"depths": 4})
-    trainer = make_trainer(folder, limit_train_batches=2)
-    trainer.fit(team, make_digits())
-    trainer.save_checkpoint(folder / "team.ckpt")
+    fit_and_save(team, folder, batches=2)
     torch.save(team.leader.state_dict(), folder / "plain.pt")
     return folder, snapshot(team)
 
@@ -137,7 +136,7 @@ def test_weights_that_do_not_fit_are_refused(weights, config, error, message):
         make_team(leader=config)
 
 
-def test_a_frozen_leader_stays_as_it_was(tmp_path):
+def test_a_frozen_leader_does_not_change(tmp_path):
     team = make_team(leader={"frozen": True})
     before = snapshot(team.leader)
     modes = []
@@ -159,7 +158,7 @@ def test_a_frozen_leader_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_frozen_leader_is_in_evaluation_mode_whatever_the_team_is_in(mode):
+def test_a_frozen_leader_is_always_in_evaluation_mode(mode):
     team = make_team(leader={"frozen": True})
     assert not any(module.training for module in team.leader.modules())
     getattr(team, mode)()
@@ -198,9 +197,9 @@ def test_ablations_leave_their_transfers_out(tmp_path, kwargs, expected):
 
 def test_members_are_named_by_teammate_and_depth():
     team = make_team()
-    found = ["leader", "a/d7", "a/d4", "a/d0", "b/d7", "b/d5", "b/d2"]
-    assert team.members() == found
-    assert list(team(torch.randn(2, 1, 8, 8))) == found
+    members = ["leader", "a/d7", "a/d4", "a/d0", "b/d7", "b/d5", "b/d2"]
+    assert team.members() == members
+    assert list(team(torch.randn(2, 1, 8, 8))) == members
     assert make_team(leader=None, b=None).members() == ["a/d7", "a/d4", "a/d0"]
 
 
@@ -217,18 +216,18 @@ def test_members_are_named_by_teammate_and_depth():
     ids=str,
 )
 def test_a_teammate_has_the_depths_of_its_config(config, expected):
-    found = make_team(a=config).elastic_nets["a"].depths
-    assert [depth.per_stage for depth in found] == expected
+    depths = make_team(a=config).elastic_nets["a"].depths
+    assert [depth.per_stage for depth in depths] == expected
 
 
 @pytest.mark.parametrize("per_depth", [False, True])
-def test_a_teammate_shares_the_weights_of_its_norms_or_not(per_depth):
+def test_norm_weights_are_shared_or_per_depth(per_depth):
     net = make_team(a={"per_depth_affine": per_depth}).elastic_nets["a"]
     (copy, *_) = net.norms["layer3-0-bn1"]
     assert (copy.weight is net.backbone.layer3[0].bn1.weight) != per_depth
 
 
-def test_a_teammate_trains_alike_with_gradient_checkpointing(tmp_path):
+def test_gradient_checkpointing_does_not_change_training(tmp_path):
     runs, states = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -236,7 +235,7 @@ def test_a_teammate_trains_alike_with_gradient_checkpointing(tmp_path):
         calls = []
         for net in team.elastic_nets.values():
             layer = net.backbone.layer1[1].conv1
-            layer.register_forward_hook(lambda own, *_, calls=calls: calls.append(own.training))
+            layer.register_forward_hook(lambda conv, *_, calls=calls: calls.append(conv.training))
         make_trainer(tmp_path, limit_train_batches=3).fit(team, make_digits())
         runs.append(sum(calls))
         states.append(team.state_dict())
@@ -260,7 +259,7 @@ def test_wrong_arguments_are_refused(kwargs, message):
 
 
 def measured(probabilities, labels):
-    """Metrics of one member over a whole split."""
+    """The metrics of one member over a whole split."""
     of_label = probabilities[np.arange(len(labels)), labels]
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     gaps = 0.0
@@ -268,69 +267,75 @@ def measured(probabilities, labels):
         inside = (confidence > low) & (confidence <= low + 1 / 15)
         if inside.any():
             gaps += abs(correct[inside].mean() - confidence[inside].mean()) * inside.mean()
-    found = {
+    metrics = {
         "accuracy": correct.mean(),
         "loss": -np.log(of_label).mean(),
         "calibration_error": gaps,
     }
     if probabilities.shape[1] > 5:
-        found["accuracy_top5"] = ((probabilities > of_label[:, None]).sum(1) < 5).mean()
-    return found
+        metrics["accuracy_top5"] = ((probabilities > of_label[:, None]).sum(1) < 5).mean()
+    return metrics
 
 
 def metrics_by_hand(team, stage, images, labels):
-    logits = extracted_logits(team, images)
-    found = {member: own.double().softmax(-1).numpy() for member, own in logits.items()}
+    """All metrics of a team, of each member alone."""
+    probabilities = {
+        member: logits.double().softmax(-1).numpy()
+        for member, logits in extracted_logits(team, images).items()
+    }
     accuracies = [
-        (own.argmax(1) == labels).mean() for member, own in found.items() if member != "leader"
+        (of_member.argmax(1) == labels).mean()
+        for member, of_member in probabilities.items()
+        if member != "leader"
     ]
     if len(team.elastic_nets) > 1:
-        deepest = [found[f"{name}/{net.depths[0]}"] for name, net in team.elastic_nets.items()]
-        found["ensemble"] = np.mean(deepest, axis=0)
+        nets = team.elastic_nets.items()
+        deepest = [probabilities[f"{name}/{net.depths[0]}"] for name, net in nets]
+        probabilities["ensemble"] = np.mean(deepest, axis=0)
     metrics = {
         f"{stage}/{name}/{member}": value
-        for member, own in found.items()
-        for name, value in measured(own, labels).items()
+        for member, of_member in probabilities.items()
+        for name, value in measured(of_member, labels).items()
     }
     return metrics | {f"{stage}/accuracy/mean": np.mean(accuracies)}
 
 
 @pytest.mark.parametrize("members", [{}, {"b": None}, {"leader": None}], ids=str)
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_metrics_are_those_of_each_depth_over_the_whole_split(tmp_path, members, stage):
+def test_metrics_of_each_depth_cover_the_whole_split(tmp_path, members, stage):
     team = make_team(**members)
     data = make_digits(batch_size=64)  # does not divide either split
     trainer = make_trainer(tmp_path, limit_train_batches=10, limit_val_batches=1.0, max_epochs=2)
     trainer.fit(team, data)
     evaluate = trainer.validate if stage == "val" else trainer.test
-    (found,) = evaluate(team, data, verbose=False)
+    (metrics,) = evaluate(team, data, verbose=False)
     loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert len(labels) % 64
     expected = metrics_by_hand(team, stage, data.normalize(images), labels.numpy())
     assert len({value for name, value in expected.items() if "/loss/" in name}) > 2
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics == pytest.approx(expected, abs=1e-5)
 
 
-def test_five_classes_have_no_top5(tmp_path):
+def test_five_classes_have_no_top5_accuracy(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(20, 1, 8, 8, generator=generator), torch.arange(20) % 5
     team = make_team(num_classes=5)
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)
-    (found,) = make_trainer(tmp_path).test(team, loader, verbose=False)
+    (metrics,) = make_trainer(tmp_path).test(team, loader, verbose=False)
     expected = metrics_by_hand(team, "test", images, labels.numpy())
     assert not any("top5" in name for name in expected)
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics == pytest.approx(expected, abs=1e-5)
 
 
-def test_metrics_of_a_fit_start_anew_each_epoch(tmp_path):
+def test_metrics_are_reset_in_each_epoch(tmp_path):
     team, data = make_team(), make_digits()
     trainer = make_trainer(tmp_path, limit_train_batches=5, limit_val_batches=1.0, max_epochs=3)
     trainer.fit(team, data)
-    found = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
+    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     images, labels = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
     expected = metrics_by_hand(team, "val", data.normalize(images), labels.numpy())
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics == pytest.approx(expected, abs=1e-5)
 
 
 def test_predictions_are_class_probabilities_of_each_member(tmp_path):
@@ -346,7 +351,7 @@ def test_predictions_are_class_probabilities_of_each_member(tmp_path):
 
 
 def test_default_configs_cannot_be_changed_in_place():
-    """They are shared by all teams."""
+    """All teams share them."""
     defaults = [parameter.default for parameter in inspect.signature(Team).parameters.values()]
     configs = [default for default in defaults if is_dataclass(default)]
     assert len(configs) >= 4
@@ -356,7 +361,7 @@ def test_default_configs_cannot_be_changed_in_place():
                 setattr(config, field.name, getattr(config, field.name))
 
 
-def test_the_names_of_all_metrics_are_those_that_a_run_logs(tmp_path):
+def test_logged_metrics_names_all_metrics_of_a_run(tmp_path):
     team, names = make_team(on_non_finite="skip"), set()
 
     class Names(pl.Callback):

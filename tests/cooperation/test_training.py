@@ -25,17 +25,13 @@ from tests.helpers.teams import (
 )
 
 
-@pytest.fixture
-def unmixed_team(own_nets):
-    """A team without batch norm: a batch may be cut in pieces of the same size."""
-    own = {"name": "own_nets.GroupNormNet"}
-    return lambda **kwargs: make_team(leader=own, a=own, b=own, **kwargs)
-
-
-def test_accumulated_batches_are_one_large_batch(tmp_path, unmixed_team):
-    teams = []
+def test_accumulated_batches_are_one_large_batch(tmp_path, own_nets):
+    """Without batch norm, so that a batch can be cut into pieces of the same size."""
+    group_norm = {"name": "own_nets.GroupNormNet"}
+    members = dict.fromkeys(("leader", "a", "b"), group_norm)
+    states = []
     for pieces in (1, 4):
-        team = unmixed_team(optimizer=OptimizerConfig(lr=0.05))
+        team = make_team(**members, optimizer=OptimizerConfig(lr=0.05))
         trainer = make_trainer(
             tmp_path,
             accumulate_grad_batches=pieces,
@@ -44,15 +40,15 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, unmixed_team):
         )
         trainer.fit(team, make_digits(batch_size=32 // pieces))
         assert trainer.global_step == 3
-        teams.append(team.state_dict())
-    assert_same_state(teams[1], teams[0], rtol=1e-8, atol=1e-10)
+        states.append(team.state_dict())
+    assert_same_state(states[1], states[0], rtol=1e-8, atol=1e-10)
 
 
 def test_gradients_are_clipped(tmp_path):
     limit, lr = 0.01, 0.5
     gradients = []
 
-    class KeepGradients(pl.Callback):
+    class GradientRecorder(pl.Callback):
         def on_after_backward(self, trainer, team):
             gradients.append({name: p.grad.clone() for name, p in team.named_parameters()})
 
@@ -60,7 +56,7 @@ def test_gradients_are_clipped(tmp_path):
     team = make_team(optimizer=plain, schedule=CONSTANT)
     before = snapshot(team)
     trainer = make_trainer(
-        tmp_path, callbacks=[KeepGradients()], gradient_clip_val=limit, limit_train_batches=1
+        tmp_path, callbacks=[GradientRecorder()], gradient_clip_val=limit, limit_train_batches=1
     )
     trainer.fit(team, make_digits())
     norm = torch.cat([gradient.flatten() for gradient in gradients[0].values()]).norm()
@@ -87,7 +83,7 @@ def test_exponential_moving_average(tmp_path):
     assert not torch.equal(team.leader.fc.weight, others[-1]["leader.fc.weight"])
 
 
-def test_the_averaged_weights_are_validated_and_kept(tmp_path):
+def test_the_averaged_weights_are_validated_and_saved(tmp_path):
     callbacks = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="best")]
     team, data = make_team(), make_digits()
     trainer = make_trainer(
@@ -97,14 +93,15 @@ def test_the_averaged_weights_are_validated_and_kept(tmp_path):
     logged = {name: float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
     kept = type(team).load_from_checkpoint(tmp_path / "best.ckpt")
     assert_same_state(kept.state_dict(), team.state_dict())
-    (found,) = make_trainer(tmp_path, limit_val_batches=1.0).validate(kept, data, verbose=False)
-    assert found == pytest.approx(logged)
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    (metrics,) = trainer.validate(kept, data, verbose=False)
+    assert metrics == pytest.approx(logged)
 
 
 def test_stochastic_weight_averaging(tmp_path):
     starts, batches = [], []
 
-    class Keep(pl.Callback):
+    class EpochRecorder(pl.Callback):
         def on_train_epoch_start(self, trainer, team):
             starts.append({name: p.detach().clone() for name, p in team.named_parameters()})
             batches.clear()
@@ -113,16 +110,18 @@ def test_stochastic_weight_averaging(tmp_path):
             batches.append(batch[0])
 
     team = make_team()
-    # Lightning counts epochs from 1 here, and averages the weights with which epochs begin. After
-    # that it takes one step too many, at the last learning rate: here almost 0.
+    # Lightning counts these epochs from 1 and averages the weights at the start of epochs. At the
+    # end it takes one step too many, at the last learning rate, which is almost 0 here.
     swa = StochasticWeightAveraging(swa_lrs=1e-9, swa_epoch_start=3, annealing_epochs=3)
-    trainer = make_trainer(tmp_path, callbacks=[Keep(), swa], limit_train_batches=3, max_epochs=5)
+    trainer = make_trainer(
+        tmp_path, callbacks=[EpochRecorder(), swa], limit_train_batches=3, max_epochs=5
+    )
     trainer.fit(team, make_digits())
     for name, parameter in team.named_parameters():
         assert not torch.equal(starts[2][name], starts[3][name])
         average = torch.stack([weights[name] for weights in starts[2:5]]).mean(0)
         torch.testing.assert_close(parameter, average, rtol=1e-4, atol=1e-6)
-    # Statistics of batch norm are then those of one more epoch, at each depth.
+    # The statistics of batch norm are those of one more epoch, at each depth.
     team.eval()
     images = torch.randn(8, 1, 8, 8)
     for member, (_, plain) in plain_nets(team).items():
@@ -145,7 +144,7 @@ class StopAfter(pl.Callback):
 
 
 def fit(folder, data, batches, epochs=4, resume=None, **kwargs):
-    """Trains for four epochs at most; returns weights, optimiser and the last metrics."""
+    """Trains for at most four epochs; returns the states of team and optimizer, and the metrics."""
     team = make_team(**kwargs)
     callbacks = [ModelCheckpoint(folder, save_last=True), StopAfter(epochs)]
     trainer = make_trainer(
@@ -184,7 +183,7 @@ class Unshuffled(pl.LightningDataModule):
     [(False, 3), (True, 2), (True, None)],
     ids=["in order", "shuffled", "shuffled, whole epochs"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, shuffled, batches):
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, shuffled, batches):
     def run(folder, **kwargs):
         data = make_digits(train_size=100)
         data = data if shuffled else Unshuffled(data)

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data import Digits, FashionMNIST, ImageDataModule, SplitDataModule
 from teamnet_pl.data.loading import EpochSampler
-from tests.helpers.datasets import BatchRecorder, flat, make_data_trainer
+from tests.helpers.datasets import BatchRecorder, flat, make_data_trainer, same_tensors
 
 CLASSES = 4
 HEIGHT, WIDTH = 5, 6
@@ -133,7 +133,7 @@ def test_train_and_val_divide_the_training_split_by_label(batch_size, val_fracti
     assert len(train) == whole
 
 
-def test_split_seed_changes_the_split_and_nothing_else_does():
+def test_only_split_seed_changes_the_split():
     def val(**kwargs):
         return served(toy(**kwargs).val_dataloader())
 
@@ -141,7 +141,7 @@ def test_split_seed_changes_the_split_and_nothing_else_does():
     assert set(val(split_seed=1)) != set(val(split_seed=2))
 
 
-def test_train_size_takes_a_stratified_subset_and_leaves_validation_alone():
+def test_train_size_takes_a_stratified_subset_and_keeps_the_validation_split():
     whole, part = toy(val_fraction=0.1), toy(val_fraction=0.1, train_size=45)
     subset = served(part.train_dataloader())
     assert len(set(subset)) == 45
@@ -152,7 +152,7 @@ def test_train_size_takes_a_stratified_subset_and_leaves_validation_alone():
     assert len(toy(val_fraction=0.1, train_size=180).train_set) == 180
 
 
-class OwnVal(Toy):
+class ToyWithValidation(Toy):
     has_val = True
 
     def load_split(self, split):
@@ -164,11 +164,11 @@ class OwnVal(Toy):
 @pytest.mark.parametrize("train_size", [None, 40])
 def test_a_dataset_may_have_a_validation_split(train_size):
     pl.seed_everything(0, verbose=False)
-    data = OwnVal(train_size=train_size)
+    data = ToyWithValidation(train_size=train_size)
     data.setup("fit")
     assert served(data.val_dataloader()) == [(0, 2), (1, 2), (2, 1)]
     assert len(data.train_set) == (train_size or 200)
-    cut = OwnVal(val_fraction=0.1)
+    cut = ToyWithValidation(val_fraction=0.1)
     cut.setup("fit")
     assert (len(cut.train_set), len(cut.val_set)) == (180, 20)
 
@@ -188,7 +188,7 @@ def test_each_epoch_is_shuffled_anew_and_each_seed_differently():
 
 
 def two_epochs(draws: int = 0, **kwargs) -> list[torch.Tensor]:
-    """Digits, as worker processes cannot import the classes of this file everywhere."""
+    """Two epochs of digits; not every worker process could import the classes of this file."""
     pl.seed_everything(0, workers=True, verbose=False)
     data = Digits(batch_size=50, train_size=300, **kwargs)
     data.setup("fit")
@@ -204,7 +204,7 @@ def test_augmented_batches_depend_on_the_seed_alone(num_workers, draws, mixed):
     expected = two_epochs(**mixed)
     batches = two_epochs(num_workers=num_workers, draws=draws, **mixed)
     assert len(batches) == 2 * 6 * 2
-    assert all(torch.equal(a, b) for a, b in zip(expected, batches, strict=True))
+    assert same_tensors(batches, expected)
 
 
 def test_each_image_of_each_epoch_is_augmented_anew():
@@ -219,11 +219,11 @@ def test_each_image_of_each_epoch_is_augmented_anew():
     assert sorted(blue[0]) != sorted(blue[1])
 
 
-def test_serving_leaves_the_random_state_alone():
+def test_serving_leaves_the_random_state_unchanged():
     data = toy(batch_size=7, train_transform=v2.ColorJitter(0.5), mixup_alpha=1)
     before = torch.get_rng_state()
     list(data.train_dataloader())
-    # Except for one draw of the loader: torch draws a seed for workers even if there are none.
+    # Except for one draw of the loader: torch draws a seed for workers even without any.
     torch.set_rng_state(before)
     torch.empty((), dtype=torch.int64).random_()
     after = torch.get_rng_state()
@@ -252,7 +252,7 @@ def test_processes_take_turns_in_the_order_of_one(images, processes, seed, epoch
     assert sorted(drawn.index for drawn in alone) == list(range(images))
 
 
-def test_setup_leaves_the_random_state_alone():
+def test_setup_leaves_the_random_state_unchanged():
     pl.seed_everything(3, verbose=False)
     expected = torch.rand(3)
     toy(seed=3, train_transform=v2.ColorJitter(0.5))
@@ -395,7 +395,7 @@ def test_mixed_labels_are_the_shares_of_the_classes_in_the_images(alphas, seed, 
 def test_each_batch_gets_mixup_or_cutmix():
     def cut(**kwargs):
         data = toy(batch_size=6, **kwargs)
-        # CutMix leaves whole pixels: some image has two values of green; MixUp blends them to one.
+        # CutMix keeps pixels, so that some images have two values of green; MixUp blends them.
         greens = [pixels(images)[:, 1] for images, _ in data.train_dataloader()]
         return [bool((green.max((1, 2)) - green.min((1, 2)) > 0.5).any()) for green in greens]
 
@@ -412,13 +412,13 @@ def test_each_batch_gets_mixup_or_cutmix():
 @pytest.mark.filterwarnings("ignore")
 def test_fit_and_predict():
     pl.seed_everything(0, verbose=False)
-    data, model, fit = Toy(batch_size=20), BatchRecorder(), make_data_trainer()
-    fit.fit(model, datamodule=data)
+    data, model, trainer = Toy(batch_size=20), BatchRecorder(), make_data_trainer()
+    trainer.fit(model, datamodule=data)
     seen = served((unnormalized(images), labels) for images, labels in model.seen)
     assert sorted(seen) == sorted(
         (sample, data.train_labels[sample]) for sample in data.train_set.indices.tolist()
     )
-    assert torch.cat(fit.predict(model, datamodule=data)).tolist() == [3, 0, 1, 2, 2]
+    assert torch.cat(trainer.predict(model, datamodule=data)).tolist() == [3, 0, 1, 2, 2]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -427,7 +427,7 @@ def test_fit_and_predict():
     [("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
 )
 @pytest.mark.parametrize("mixup_alpha", [0, 1])
-def test_the_net_is_given_normalized_images_in_its_precision(precision, dtype, mixup_alpha):
+def test_the_net_receives_normalized_images_in_its_precision(precision, dtype, mixup_alpha):
     pl.seed_everything(0, verbose=False)
     data = Toy(batch_size=180, train_transform=[], mixup_alpha=mixup_alpha)
     model = BatchRecorder()
@@ -435,7 +435,7 @@ def test_the_net_is_given_normalized_images_in_its_precision(precision, dtype, m
     ((images, _),) = model.seen
     assert images.dtype == dtype
     values = images.double().numpy()
-    # Each channel's ends, by hand: all are reached, mixed or not.
+    # The extremes of each channel, by hand; all are reached, mixed or not.
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         top = 199 / 255 if channel == 1 else 1
         assert values[:, channel].min() >= (0 - mean) / std - 0.01
@@ -454,8 +454,8 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
         alone, datamodule=Toy(batch_size=60, train_transform=jitter)
     )
     pl.seed_everything(0, verbose=False)
-    fit = make_data_trainer(max_epochs=3, strategy="ddp_fork", devices=2)
-    fit.fit(BatchRecorder(tmp_path), datamodule=Toy(batch_size=30, train_transform=jitter))
+    trainer = make_data_trainer(max_epochs=3, strategy="ddp_fork", devices=2)
+    trainer.fit(BatchRecorder(tmp_path), datamodule=Toy(batch_size=30, train_transform=jitter))
     shares = [torch.load(tmp_path / f"{rank}.pt")[0] for rank in range(2)]
     assert [len(share) for share in (alone.seen, *shares)] == [9, 9, 9]
     for expected, *parts in zip(alone.seen, *shares, strict=True):
@@ -464,8 +464,8 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
             assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), whole)
 
 
-class OwnSeeds(Toy):
-    """Each process has a different random state."""
+class ToySeededByProcess(Toy):
+    """Has a different random state in each process."""
 
     def setup(self, stage):
         torch.manual_seed(self.trainer.global_rank)
@@ -476,9 +476,9 @@ class OwnSeeds(Toy):
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_less_than_a_batch_each(tmp_path):
     """Nothing is dropped or seen twice, although their seeds differ."""
-    fit = make_data_trainer(strategy="ddp_fork", devices=2)
-    data = OwnSeeds(batch_size=100, train_transform=[])
-    fit.fit(BatchRecorder(tmp_path), datamodule=data)
+    trainer = make_data_trainer(strategy="ddp_fork", devices=2)
+    data = ToySeededByProcess(batch_size=100, train_transform=[])
+    trainer.fit(BatchRecorder(tmp_path), datamodule=data)
     seen = []
     for rank in range(2):
         ((images, labels),), _ = torch.load(tmp_path / f"{rank}.pt")
@@ -505,10 +505,10 @@ def test_a_resumed_run_continues_with_the_same_batches(tmp_path, checkpoint, wor
         data = Digits(batch_size=40, train_size=120, mixup_alpha=1, num_workers=num_workers)
         model = BatchRecorder()
         callback = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **checkpoint)
-        fit = make_data_trainer(
+        trainer = make_data_trainer(
             tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[callback]
         )
-        fit.fit(model, datamodule=data, **kwargs)
+        trainer.fit(model, datamodule=data, **kwargs)
         return flat(model.seen)
 
     whole = run(workers[0], seed=0)
@@ -517,7 +517,7 @@ def test_a_resumed_run_continues_with_the_same_batches(tmp_path, checkpoint, wor
     step = int(first.stem.split("=")[1])
     resumed = run(workers[1], seed=1, ckpt_path=first)  # the seed is that of the checkpoint
     assert len(resumed) == len(whole) - 2 * step
-    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2 * step :], strict=True))
+    assert same_tensors(resumed, whole[2 * step :])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -525,32 +525,34 @@ def test_a_run_of_part_of_each_epoch_resumes_with_the_next(tmp_path):
     def run(epochs, **kwargs):
         pl.seed_everything(0, verbose=False)
         model = BatchRecorder()
-        fit = make_data_trainer(tmp_path, max_epochs=epochs, limit_train_batches=2)
-        fit.fit(model, datamodule=Toy(batch_size=20), **kwargs)
-        fit.save_checkpoint(tmp_path / "end.ckpt")
+        trainer = make_data_trainer(tmp_path, max_epochs=epochs, limit_train_batches=2)
+        trainer.fit(model, datamodule=Toy(batch_size=20), **kwargs)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
         return [images for images, _ in model.seen]
 
     whole = run(2)
     run(1)
     resumed = run(2, ckpt_path=tmp_path / "end.ckpt")
     assert len(resumed) == 2
-    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2:], strict=True))
+    assert same_tensors(resumed, whole[2:])
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_overfitting_sees_the_same_few_batches(tmp_path):
     pl.seed_everything(0, verbose=False)
     data, model = Toy(batch_size=20, train_transform=[]), BatchRecorder()
-    fit = make_data_trainer(tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True)
-    fit.fit(model, datamodule=data)
+    trainer = make_data_trainer(
+        tmp_path, max_epochs=2, overfit_batches=2, enable_checkpointing=True
+    )
+    trainer.fit(model, datamodule=data)
     first, second, *again = (images for images, _ in model.seen)
     assert torch.equal(first, again[0])
     assert torch.equal(second, again[1])
     assert not torch.equal(first, second)
 
 
-def test_a_test_run_has_a_state(tmp_path):
-    """For any code that saves a checkpoint during a test."""
+def test_the_state_of_a_test_run(tmp_path):
+    """So that a checkpoint can be saved during a test."""
     data = toy("test")
     other = Toy()
     other.load_state_dict(data.state_dict())
@@ -558,17 +560,17 @@ def test_a_test_run_has_a_state(tmp_path):
 
 
 def test_loader_processes():
-    """No worker if the CPU trains; for GPUs as documented."""
+    """There are none if the CPU trains; for GPUs as documented."""
     data = toy()
     assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == 0
-    on_gpu = SimpleNamespace(
+    data.trainer = SimpleNamespace(  # as on a GPU
         strategy=SimpleNamespace(root_device=torch.device("cuda")),
         num_devices=1,
         overfit_batches=0,
         world_size=1,
         global_rank=0,
+        check_val_every_n_epoch=None,
     )
-    data.trainer = on_gpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = data.train_dataloader()
     assert loader.num_workers == min(8, max(1, cores - 1))

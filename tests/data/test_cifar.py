@@ -6,7 +6,8 @@ import pytest
 from torchvision import datasets
 
 from teamnet_pl.data import CIFAR10, CIFAR100, SVHN
-from tests.helpers.datasets import pixels
+from tests.helpers.images import pixels
+from tests.helpers.teams import make_trainer
 
 
 def served(dataset):
@@ -28,7 +29,7 @@ def truth(on_disk, name):
         train = channels_first([pixels(400, 32, seed=0)])
         test = channels_first([pixels(100, 32, seed=1)])
         return (train, [*range(100)] * 4), (test, [*range(100)])
-    # The file's 1..10 are the digits 1..9 and 0.
+    # The labels 1..10 in the files are the digits 1..9 and 0.
     digits = [*range(1, 10), 0]
     train, test = (channels_first([pixels(count, 32)]) for count in (60, 20))
     return (train, digits * 6), (test, digits * 2)
@@ -78,7 +79,7 @@ def test_standard_augmentation(on_disk, cls):
         assert flips == {1, -1}
 
 
-@pytest.mark.fault("files of CIFAR are missing", "an error that names the files and the folder")
+@pytest.mark.fault("missing files of CIFAR or SVHN", "The error names the files and the folder.")
 @pytest.mark.parametrize(
     ("cls", "folder", "name"),
     [
@@ -98,8 +99,8 @@ def test_missing_files(on_disk, cls, folder, name, call):
 
 
 @pytest.mark.fault(
-    "a file of CIFAR is damaged (it is a pickle)",
-    "refused by its checksum, before it is unpickled",
+    "a damaged file of CIFAR, which is a pickle",
+    "Its checksum is checked first, so it is refused before it is unpickled.",
 )
 @pytest.mark.parametrize(
     ("cls", "name"), [(CIFAR10, "cifar-10-batches-py/data_batch_2"), (SVHN, "train_32x32.mat")]
@@ -131,7 +132,7 @@ def test_download(on_disk, file_server, tmp_path, monkeypatch):
         CIFAR10(root=tmp_path / "new2").prepare_data()
 
 
-class Net(pl.LightningModule):
+class LabelCounter(pl.LightningModule):
     def predict_step(self, batch, _):
         return len(batch[1])
 
@@ -141,11 +142,10 @@ class Net(pl.LightningModule):
 def test_one_of_two_processes_downloads(on_disk, file_server, tmp_path, monkeypatch):
     address = file_server.start(on_disk.cifar10())
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.predict(Net(), datamodule=CIFAR10(root=tmp_path / "two"), return_predictions=False)
+    trainer = make_trainer(tmp_path, devices=2, strategy="ddp_fork")
+    trainer.predict(
+        LabelCounter(), datamodule=CIFAR10(root=tmp_path / "two"), return_predictions=False
+    )
     both = list(file_server.requests)
     file_server.requests.clear()
     CIFAR10(root=tmp_path / "one").prepare_data()

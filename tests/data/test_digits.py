@@ -99,7 +99,7 @@ def test_standard_augmentation_moves_the_digits_a_little():
     assert np.abs(shifts).max() < 2
     assert 0.4 < shifts.std() < 1
     assert np.abs(shifts.mean(0)).max() < 0.2
-    # None is flipped: with half of them flipped, both means would be the same.
+    # None is flipped: if half of them were, both means would be the same.
     same = np.mean([similarity(before, after) for before, after in pairs])
     for axis in (1, 2):
         flipped = np.mean([similarity(before.flip(axis), after) for before, after in pairs])
@@ -119,6 +119,6 @@ def test_arguments_out_of_range(arguments, message):
         Digits(**arguments)
 
 
-def test_too_small_a_test_split():
+def test_a_test_split_that_is_too_small():
     with pytest.raises(ValueError, match=r"1797 samples of 10 classes.*test_fraction=0.001"):
         Digits(test_fraction=0.001).setup("test")

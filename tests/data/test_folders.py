@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from teamnet_pl.data import Digits, ImageFolder, ImageNet, Imagenette, TinyImageNet
-from tests.helpers.datasets import encoded, make_photos, pixels
+from tests.helpers.datasets import make_photos
+from tests.helpers.images import encoded, pixels
 
 
 def prepared(on_disk, cls, stage, **kwargs):
@@ -41,7 +42,7 @@ def test_tiny_imagenet(on_disk):
     data.setup("test")
     for j in range(9):
         image, label = data.test_set.dataset[j]
-        content = encoded(pixels(1, 64, seed=90 + j)[0])
+        content = encoded(pixels(1, 64, seed=90 + j)[0], "JPEG")
         np.testing.assert_array_equal(image, Image.open(io.BytesIO(content)))
         assert label == (2 * j) % 3
 
@@ -72,8 +73,7 @@ def test_tiny_imagenet_is_downloaded(on_disk, file_server, tmp_path, monkeypatch
 
 
 @pytest.mark.fault(
-    "an archive of ImageNet is damaged",
-    "refused by its checksum, nothing is unpacked",
+    "a damaged archive of ImageNet", "It is refused by its checksum; nothing is unpacked."
 )
 def test_imagenet_is_unpacked_once_and_by_checksum(on_disk):
     data = prepared(on_disk, ImageNet, "fit")
@@ -103,8 +103,8 @@ def test_imagenet_of_other_classes(on_disk, monkeypatch):
 
 
 @pytest.mark.fault(
-    "files of ImageNet, Imagenette or Tiny ImageNet are missing",
-    "an error that names them and how to get them",
+    "missing files of ImageNet, Imagenette or Tiny ImageNet",
+    "The error names them and says how to get them.",
 )
 @pytest.mark.parametrize(
     ("cls", "names"),
@@ -136,7 +136,7 @@ def test_the_recipe_crops_and_flips(on_disk, cls, least):
     data = prepared(on_disk, cls, "fit", image_size=32)
     crop, flip = data.default_train_transform()
     assert crop.scale == (least, 1)
-    # A ramp from left to right tells how much of the width is kept, and whether it is flipped.
+    # A ramp from left to right shows how much of the width is kept and whether it is flipped.
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
     rows = [np.asarray(flip(crop(ramp))).astype(int)[0] for _ in range(200)]
     assert {np.sign(row[-1] - row[0]) for row in rows} == {1, -1}
@@ -151,7 +151,9 @@ def test_image_size_out_of_range():
         ImageNet(image_size=0)
 
 
-@pytest.mark.fault("files that other systems leave behind", "not taken for classes or images")
+@pytest.mark.fault(
+    "hidden files and folders of other systems", "They are not taken for classes or images."
+)
 def test_hidden_files_and_folders_do_not_count(on_disk):
     root = on_disk.image_folder()
     expected = ImageFolder(root=root, image_size=32)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from teamnet_pl.data import HuggingFace
 from teamnet_pl.data.loading import UnreadableImageError
-from tests.helpers.datasets import pixels
+from tests.helpers.images import pixels
 
 
 def test_images_and_labels_of_each_split(on_disk):
@@ -94,7 +94,10 @@ def test_labels_that_do_not_fit(on_disk, labels, kind, message):
         HuggingFace(path=str(root)).setup("fit")
 
 
-@pytest.mark.fault("a broken image in a Hugging Face dataset", "an error that names its row")
+@pytest.mark.fault(
+    "a broken image in a Hugging Face dataset",
+    "The error names its row, or it is skipped and counted.",
+)
 def test_a_broken_image_is_named_by_its_row(on_disk):
     root = on_disk.parquet()
     path = root / "data/test-00000-of-00001.parquet"
@@ -114,7 +117,7 @@ def test_a_broken_image_is_named_by_its_row(on_disk):
         skipping.teardown("test")
 
 
-@pytest.mark.fault("a Hugging Face dataset that does not exist", "an error that names it")
+@pytest.mark.fault("a Hugging Face dataset that does not exist", "The error names it.")
 def test_no_such_dataset(on_disk, tmp_path, monkeypatch):
     on_disk.parquet()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -136,7 +139,7 @@ def test_without_download_the_path_must_be_a_folder(on_disk, monkeypatch):
         HuggingFace(path="uoft-cs/cifar10", download=False)
 
 
-def test_images_in_files_beside_them(on_disk, tmp_path):
+def test_image_files_in_class_folders(on_disk, tmp_path):
     """In the layout of the library's ImageFolder."""
     on_disk.parquet()
     for split in ("train", "test"):

@@ -17,17 +17,16 @@ from teamnet_pl.data import LitData, Statistics
 from teamnet_pl.data.lit_data import ChunkSampler
 from teamnet_pl.data.loading import UnreadableImageError
 from tests.helpers.datasets import (
-    encoded,
     flat,
     numbered_image,
     numbers_in,
-    pixels,
     png_and_label,
     record_fit,
     same_tensors,
 )
+from tests.helpers.images import encoded, pixels
 
-# litdata ignores this warning too; its tensors are copied.
+# litdata ignores this warning too, because it copies the tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 COUNTS = {"train": 40, "val": 7, "test": 6}
@@ -76,7 +75,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_samples(on_disk, kind):
+def test_every_form_of_sample(on_disk, kind):
     on_disk.litdata(range(40), sample=SAMPLES[kind])
     data = lit_data(on_disk)
     assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
@@ -84,7 +83,7 @@ def test_samples(on_disk, kind):
 
 @pytest.mark.parametrize("kind", ["bytes", "jpeg"])
 def test_jpeg_files_are_decoded_as_by_pillow(on_disk, kind):
-    files = [encoded(numbered_image(i)) for i in range(7)]
+    files = [encoded(numbered_image(i), "JPEG") for i in range(7)]
     make = litdata.Jpeg if kind == "jpeg" else dict
     samples = [make(bytes=file) if kind == "jpeg" else file for file in files]
     on_disk.litdata(samples, "val", sample=lambda sample: (sample, 0))
@@ -268,8 +267,7 @@ def test_two_processes_share_evenly_without_loss(on_disk, tmp_path):
 
 
 @pytest.mark.fault(
-    "a broken image in a LitData folder",
-    "an error that names it, or skipped and counted",
+    "a broken image in a LitData folder", "The error names it, or it is skipped and counted."
 )
 def test_broken_images(on_disk):
     on_disk.litdata(
@@ -361,10 +359,7 @@ def test_sizes_that_differ(on_disk):
     assert images.shape == (3, 3, 16, 16)
 
 
-@pytest.mark.fault(
-    "a chunk or the index of a LitData folder is damaged",
-    "an error that names the file",
-)
+@pytest.mark.fault("a damaged chunk or index of a LitData folder", "The error names the file.")
 def test_damaged_files_are_named(on_disk):
     lit_data(on_disk)
     chunk = next((on_disk.folder / "val").glob("*.bin"))
@@ -422,7 +417,7 @@ def test_compressed_chunks_stay_unchanged(on_disk, tmp_path, level):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_output_of_optimize(on_disk):
+def test_the_output_of_litdata_optimize(on_disk):
     litdata.optimize(
         png_and_label,
         list(range(40)),
@@ -467,7 +462,7 @@ def test_chunks_come_from_an_object_store_once(on_disk, file_server, store, tmp_
     assert len(whole) == len(set(whole)) == len(list(cache.rglob("*.bin"))) == 3
 
 
-@pytest.mark.fault("an object store lacks the data", "an error that names it")
+@pytest.mark.fault("data missing from an object store", "The error names the folder.")
 def test_a_folder_that_the_store_lacks_is_named(on_disk, store, tmp_path):
     with pytest.raises(ValueError, match=r"litdata cannot read s3://bucket/none: .*404"):
         lit_data(on_disk, train=f"{store}/none", cache_dir=str(tmp_path))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from teamnet_pl.data import MedMNIST
-from tests.helpers.datasets import pixels
+from tests.helpers.images import pixels
+from tests.helpers.runs import error_of
 
 CONFIGS = Path(__file__).parents[2] / "configs/data"
 
@@ -47,7 +48,7 @@ def test_download(on_disk, file_server, tmp_path, monkeypatch):
         data.setup("test")
 
 
-@pytest.mark.fault("a file of MedMNIST is missing", "an error that names it")
+@pytest.mark.fault("a missing file of MedMNIST", "The error names it.")
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .missing: bloodmnist_128.npz"):
         MedMNIST(root=tmp_path, name="bloodmnist", size=128, download=False).prepare_data()
@@ -59,10 +60,7 @@ def test_datasets_in_3d_or_with_several_labels_are_refused(name):
         MedMNIST(name=name)
 
 
-@pytest.mark.fault(
-    "an optional library is not installed",
-    "one sentence that names the extra to install",
-)
+@pytest.mark.fault("a missing optional library", "One sentence names the extra to install.")
 @pytest.mark.parametrize(
     ("module", "extra", "options"),
     [
@@ -74,8 +72,5 @@ def test_datasets_in_3d_or_with_several_labels_are_refused(name):
 )
 def test_a_missing_library_is_named(cli, capsys, tmp_path, monkeypatch, module, extra, options):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "fit", *options)
-    message = capsys.readouterr().err
+    message = error_of(capsys, cli, tmp_path, "fit", *options)
     assert f"needs {module}, which is not installed: pip install 'teamnet_pl[{extra}]'" in message
-    assert "Traceback" not in message

@@ -7,8 +7,8 @@ import torch
 from torchvision import datasets
 
 from teamnet_pl.data import EMNIST, MNIST, FashionMNIST
-from tests.helpers import datasets as helpers
-from tests.helpers.datasets import idx, md5
+from tests.helpers import images as noise
+from tests.helpers.datasets import idx, md5, write_files
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -16,17 +16,14 @@ LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 
 
 def arrays(split: str, size: int = 28) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a split."""
     count = {"train": 100, "test": 30}[split]
-    random = np.random.default_rng(count)
-    return random.integers(0, 256, (count, size, size)), np.arange(count) % 10
+    return noise.pixels(count, size, 1).astype(int), np.arange(count) % 10
 
 
 def write(folder: Path, name: str, content: bytes, gz: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if gz:
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    else:
-        (folder / name).write_bytes(content)
+    files = {f"{name}.gz": gzip.compress(content, 1)} if gz else {name: content}
+    write_files(folder, files)
 
 
 def write_all(folder: Path, gz: bool = False, size: int = 28) -> Path:
@@ -170,7 +167,7 @@ def test_emnist(on_disk, variant, classes, first):
     data.prepare_data()
     data.setup("test")
     ((images, labels),) = data.test_dataloader()
-    truth = helpers.pixels(classes, 28, 1).transpose(0, 2, 1)  # the files hold them transposed
+    truth = noise.pixels(classes, 28, 1).transpose(0, 2, 1)  # the files hold them transposed
     np.testing.assert_array_equal(pixels(images), truth)
     assert labels.tolist() == list(range(classes))
 
@@ -198,8 +195,8 @@ def test_download(tmp_path, mirror):
     assert_holds_the_arrays(fashion(root))
 
 
-@pytest.mark.fault("a download fails", "an error that names the file and each source's reason")
-def test_failed_download_tells_what_was_missing_and_why(tmp_path, mirror, monkeypatch):
+@pytest.mark.fault("a failed download", "The error names the files, and why each source failed.")
+def test_a_failed_download_names_the_missing_files_and_the_reason(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(FileNotFoundError) as error:
         FashionMNIST(root=tmp_path / "new").prepare_data()
@@ -213,8 +210,8 @@ def test_failed_download_tells_what_was_missing_and_why(tmp_path, mirror, monkey
         assert part in str(error.value)
 
 
-@pytest.mark.fault("a download is damaged", "refused by its checksum")
-def test_download_that_fails_its_checksum(tmp_path, mirror):
+@pytest.mark.fault("a damaged download", "It is refused by its checksum.")
+def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, mirror):
     (mirror / f"{LABELS['test']}.gz").write_bytes(b"something else")
     with pytest.raises(FileNotFoundError, match=r"download failed(.|\n)*corrupted"):
         FashionMNIST(root=tmp_path / "new").prepare_data()
@@ -223,7 +220,7 @@ def test_download_that_fails_its_checksum(tmp_path, mirror):
 # Errors
 
 
-@pytest.mark.fault("files of MNIST are missing", "an error that names the files and the folder")
+@pytest.mark.fault("missing files of MNIST", "The error names the files and the folder.")
 @pytest.mark.parametrize("call", [FashionMNIST.prepare_data, lambda data: data.setup("fit")])
 def test_missing_files(tmp_path, mirror, call):
     write(tmp_path, LABELS["train"], b"", gz=True)
@@ -244,7 +241,7 @@ def test_missing_files(tmp_path, mirror, call):
 GOOD = idx(arrays("train")[0])
 
 
-@pytest.mark.fault("a file of MNIST is damaged", "an error that names the file")
+@pytest.mark.fault("a damaged file of MNIST", "The error names the file.")
 @pytest.mark.parametrize(
     ("content", "gz"),
     [
@@ -270,7 +267,7 @@ def test_damaged_images_are_named(tmp_path, content, gz):
         fashion(tmp_path)
 
 
-@pytest.mark.fault("a gzip file of MNIST is damaged or cut short", "an error that names the file")
+@pytest.mark.fault("a damaged or truncated gzip file of MNIST", "The error names the file.")
 @pytest.mark.parametrize(
     "damage",
     [lambda gz: gz[:-9], lambda gz: b"no gzip", lambda gz: gz[:10] + b"\xff" + gz[11:]],

@@ -19,13 +19,13 @@ def test_any_shape(classes, shape, images):
     data.setup("fit")
     data.setup("test")
     assert len(data.train_set) + len(data.val_set) == len(data.test_set) == images
-    found, labels = next(iter(data.test_dataloader()))
-    assert found.shape[1:] == shape
-    assert found.dtype == torch.uint8
+    batch, labels = next(iter(data.test_dataloader()))
+    assert batch.shape[1:] == shape
+    assert batch.dtype == torch.uint8
     assert set(labels.tolist()) == set(range(classes))
 
 
-def test_its_statistics():
+def test_statistics_of_the_pixels():
     data = RandomImages()
     data.setup("fit")
     images = torch.stack([data.train_set[i][0] for i in range(len(data.train_set))])

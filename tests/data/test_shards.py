@@ -10,7 +10,8 @@ from torchvision.transforms import v2
 from teamnet_pl.data import Shards
 from teamnet_pl.data.loading import LoadingError, UnreadableImageError
 from teamnet_pl.data.shards import read_samples
-from tests.helpers.datasets import encoded, flat, numbers_in, record_fit, write_tar
+from tests.helpers.datasets import flat, numbers_in, record_fit, same_tensors, write_tar
+from tests.helpers.images import encoded
 
 SIZES = [11, 7, 9, 13]  # 40 images
 
@@ -59,7 +60,7 @@ def test_each_epoch_has_another_order_that_the_seed_repeats(on_disk, num_workers
         return [torch.cat([images for images, _ in loader]) for _ in range(3)]
 
     first, again = epochs(), epochs()
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert same_tensors(first, again)
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[1], first[2])
 
@@ -112,7 +113,7 @@ def test_a_resumed_run_continues_with_the_same_batches(
     assert len(whole) == 2 * 20
     resumed = run(ckpt_path=tmp_path / f"step={every}.ckpt")
     assert len(resumed) == 2 * (20 - every)
-    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[2 * every :], strict=True))
+    assert same_tensors(resumed, whole[2 * every :])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -148,7 +149,7 @@ def test_processes_evaluate_as_many_batches(on_disk, num_workers, monkeypatch):
 
 @pytest.mark.fault(
     "a broken image in a tar shard",
-    "an error that names shard and key, or skipped and counted",
+    "The error names the shard and the key, or the image is skipped and counted.",
 )
 def test_broken_images(on_disk):
     data = shards(on_disk)
@@ -169,8 +170,8 @@ def test_broken_images(on_disk):
 
 
 @pytest.mark.fault(
-    "samples of a shard without an image or a label",
-    "an error that names them, before training",
+    "samples of a tar shard without an image or a label",
+    "The error names them before training starts.",
 )
 @pytest.mark.parametrize(
     ("members", "message"),
@@ -191,8 +192,8 @@ def test_samples_that_do_not_fit_are_named_before_training(on_disk, members, mes
         shards(on_disk, val=val)
 
 
-@pytest.mark.fault("a tar shard is cut short", "an error that names the shard")
-def test_a_cut_tar_is_named(on_disk):
+@pytest.mark.fault("a truncated tar shard", "The error names the shard.")
+def test_a_truncated_tar_is_named(on_disk):
     data = shards(on_disk)
     path = on_disk.folder / "val-1.tar"
     path.write_bytes(path.read_bytes()[:700])
@@ -214,7 +215,7 @@ def test_arguments_that_do_not_fit(on_disk, stage, arguments, error, message):
         shards(on_disk, stage, **arguments)
 
 
-def test_too_few(on_disk):
+def test_too_few_images_or_shards(on_disk):
     with pytest.raises(ValueError, match="1 x 4, found 3"):
         shards(on_disk, train_images=3).train_dataloader()
     with pytest.raises(ValueError, match="4 training shards, but 5 workers"):
@@ -223,17 +224,17 @@ def test_too_few(on_disk):
         shards(on_disk, "predict").predict_dataloader()
 
 
-def test_shards_from_elsewhere(on_disk, file_server):
+def test_shards_over_http(on_disk, file_server):
     on_disk.shards(SIZES)
     address = file_server.start(on_disk.folder)
     data = shards(on_disk, train=f"{address}/train-{{0..3}}.tar")
     assert sorted(numbers_in(data.train_dataloader())) == list(range(40))
 
 
-@pytest.mark.fault("a tar shard was cut between two files", "an error that names the shard")
+@pytest.mark.fault("a tar shard truncated between two files", "The error names the shard.")
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
-def test_a_shard_without_its_end(on_disk, tmp_path, ending):
-    """A cut between two files would make a valid but shorter archive."""
+def test_a_shard_without_its_end_mark(on_disk, tmp_path, ending):
+    """A cut between two files would otherwise make a valid but shorter archive."""
     on_disk.shards([5, 2], "val")
     whole = (on_disk.folder / "val-0.tar").read_bytes()
     with tarfile.open(on_disk.folder / "val-0.tar") as archive:
@@ -283,12 +284,12 @@ def test_bits_are_detected_in_one_reading_of_the_first_images(on_disk, monkeypat
 
 
 @pytest.mark.fault(
-    "a shard is cut short while workers read it",
-    "an error that names the shard, without the worker's traceback",
+    "a tar shard truncated while workers read it",
+    "The error names the shard, without a worker's traceback.",
 )
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_a_worker_is_its_message_alone(on_disk, num_workers):
+def test_the_error_of_a_worker_has_no_traceback(on_disk, num_workers):
     data = shards(on_disk, num_workers=num_workers)
     path = on_disk.folder / "val-0.tar"
     path.write_bytes(path.read_bytes()[:700])

@@ -14,7 +14,7 @@ from tests.helpers.teams import make_digits
 
 @pytest.fixture
 def fake_hub() -> Iterator[FakeHub]:
-    """A stand-in for the Hugging Face Hub that answers while the test runs."""
+    """A stand-in for the Hugging Face Hub that runs during the test."""
     server = FakeHub()
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -32,7 +32,7 @@ def team(checkpoint: Path) -> Team:
 
 @pytest.fixture(scope="session")
 def digits() -> Digits:
-    """The test split: raw images, uint8 or float arrays as the data has them, and its batches."""
+    """Digits with the test split set up."""
     data = make_digits()
     data.setup("test")
     return data

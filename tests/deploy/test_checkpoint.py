@@ -1,6 +1,5 @@
-"""A checkpoint is all that a trained net needs: its numbers are the same as in training."""
+"""A checkpoint alone is enough to deploy a net as it was trained."""
 
-import csv
 import json
 import shutil
 
@@ -14,10 +13,10 @@ from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.trust import Trust
+from tests.helpers.runs import BEST, error_of, read_csv
 
-NAMES = [str(number) for number in range(12)]  # sorted as texts: folder 10 is label 2
+NAMES = [str(number) for number in range(12)]  # sorted as text: folder 10 is label 2
 BRIGHTNESS = dict(zip(NAMES, np.linspace(10, 110, 12), strict=True))  # far from ImageNet's
-CHECKPOINT = "logs/version_0/checkpoints/best.ckpt"
 
 
 def paint(root, split, count, endings=("png",)):
@@ -35,7 +34,7 @@ def paint(root, split, count, endings=("png",)):
 
 @pytest.fixture(scope="module")
 def fitted(cli, tmp_path_factory):
-    """Folder of a finished run on folders of images, whose data has been moved away."""
+    """The folder of a run on folders of images, which have been moved away since."""
     folder = tmp_path_factory.mktemp("run")
     paint(folder / "images", "train", 12)
     paint(folder / "images", "test", 4, ("png", "ppm", "pgm", "bmp"))
@@ -45,30 +44,31 @@ def fitted(cli, tmp_path_factory):
     options = ["--data", "ImageFolder", "--data.init_args", json.dumps(data)]
     options += ["--trainer.limit_train_batches", 1.0, "--trainer.max_epochs", 8]
     cli(folder, "fit", *options, "--test_after_fit", "true")
-    cli(folder, "predict", "--ckpt_path", CHECKPOINT, tiny=False)
+    cli(folder, "predict", "--ckpt_path", BEST, tiny=False)
     (folder / "images").rename(folder / "moved")
     return folder
 
 
 @pytest.fixture(scope="module")
 def accuracy(fitted):
-    """Test accuracy of each depth of Teammate a."""
-    rows = json.loads((fitted / CHECKPOINT).with_name("per_depth.json").read_text())
+    """The test accuracy of each depth of Teammate a."""
+    rows = json.loads((fitted / BEST).with_name("per_depth.json").read_text())
     return {row["depth"]: row["accuracy"] for row in rows if row["net"] == "a"}
 
 
-def images_of(fitted):
-    files = sorted((fitted / "moved/test").glob("*/*"))
-    return files, [NAMES.index(file.parent.name) for file in files]
+def image_files(fitted):
+    """The test images, in the order of their labels, which is that of the names as text."""
+    files = (fitted / "moved/test").glob("*/*")
+    return sorted(files, key=lambda file: (file.parent.name, file.name))
 
 
-def test_it_learned_more_than_one_class(accuracy):
+def test_the_team_learned_more_than_one_class(accuracy):
     assert max(accuracy.values()) > 0.5
 
 
 def test_prediction_is_as_good_as_the_test(fitted, accuracy):
-    files, _ = images_of(fitted)
-    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
+    files = image_files(fitted)
+    predictor = Predictor.from_checkpoint(fitted / BEST)
     for depth, expected in accuracy.items():
         names = predictor.predict(files, depth=depth).names
         right = [name == file.parent.name for name, file in zip(names, files, strict=True)]
@@ -76,12 +76,9 @@ def test_prediction_is_as_good_as_the_test(fitted, accuracy):
 
 
 def test_predictions_of_the_command_line_have_names(fitted):
-    with open((fitted / CHECKPOINT).with_name("predictions.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
-    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
-    # In the order of the labels, which is that of the names as texts.
-    files, _ = images_of(fitted)
-    files = sorted(files, key=lambda file: (file.parent.name, file.name))
+    rows = read_csv((fitted / BEST).with_name("predictions.csv"))
+    predictor = Predictor.from_checkpoint(fitted / BEST)
+    files = image_files(fitted)
     names = predictor.predict(files, depth="d7").names
     assert [row["a/d7"] for row in rows] == names
     assert len(set(names)) > 1
@@ -92,8 +89,8 @@ def test_a_server_names_the_class(fitted):
 
     from teamnet_pl.deploy.serving.server import Server
 
-    predictor = Predictor.from_checkpoint(fitted / CHECKPOINT)
-    files, _ = images_of(fitted)
+    predictor = Predictor.from_checkpoint(fitted / BEST)
+    files = image_files(fitted)
     with TestClient(Server(predictor, budget_ms=5000).app()) as client:
         for file in files[::7]:
             answer = client.post("/predict?depth=d7", content=file.read_bytes()).json()
@@ -101,19 +98,16 @@ def test_a_server_names_the_class(fitted):
         assert client.get("/health").json()["classes"] == sorted(NAMES)
 
 
-@pytest.mark.fault(
-    "the training data are gone",
-    "profile and export work from the checkpoint alone",
-)
-def test_commands_do_without_the_data(cli, fitted, tmp_path):
-    """Neither the data nor the folder of the run is there."""
-    shutil.copy(fitted / CHECKPOINT, tmp_path / "team.ckpt")
+@pytest.mark.fault("missing training data", "`profile` and `export` need only the checkpoint.")
+def test_commands_do_not_need_the_data(cli, fitted, tmp_path):
+    """Neither the data nor the folder of the run is available."""
+    shutil.copy(fitted / BEST, tmp_path / "team.ckpt")
     cli(tmp_path, "profile", "--ckpt_path", "team.ckpt", "--runs", 1, tiny=False)
     formats = "[safetensors,hub]"
     words = ["--ckpt_path", "team.ckpt", "--out", "out", "--formats", formats]
     cli(tmp_path, "export", *words, tiny=False)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    saved = SavedTeam.read(fitted / CHECKPOINT)
+    saved = SavedTeam.read(fitted / BEST)
     assert manifest["classes"] == saved.classes == sorted(NAMES)
     assert manifest["preprocessing"]["mean"] == saved.preprocessing.mean
     assert np.mean(saved.preprocessing.mean) < 0.3  # not ImageNet's
@@ -122,41 +116,38 @@ def test_commands_do_without_the_data(cli, fitted, tmp_path):
     assert ", ".join(sorted(NAMES)) in ModelCard.load(tmp_path / "out/hub/README.md").text
 
 
-def test_the_test_needs_data(cli, fitted, tmp_path, capsys):
-    checkpoint = ["--ckpt_path", fitted / CHECKPOINT]
-    with pytest.raises(SystemExit):
-        cli(tmp_path, "test", *checkpoint, tiny=False)
-    assert "images/train" in " ".join(capsys.readouterr().err.split())
+def test_evaluation_needs_the_data(cli, fitted, tmp_path, capsys):
+    checkpoint = ["--ckpt_path", fitted / BEST]
+    assert "images/train" in error_of(capsys, cli, tmp_path, "test", *checkpoint, tiny=False)
     cli(tmp_path, "test", *checkpoint, "--data.root", fitted / "moved", tiny=False)
 
 
-@pytest.mark.fault("a class folder was renamed after training", "test refuses it and says which")
+@pytest.mark.fault(
+    "a class folder renamed after training", "The data is refused, and the error names the folder."
+)
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_other_classes_are_refused(cli, fitted, tmp_path, capsys, command):
     shutil.copytree(fitted / "moved", tmp_path / "renamed")
     for split in ("train", "test"):
         (tmp_path / "renamed" / split / "3").rename(tmp_path / "renamed" / split / "zebra")
-    words = [command, "--ckpt_path", fitted / CHECKPOINT, "--data.root", "renamed"]
-    with pytest.raises(SystemExit):
-        cli(tmp_path, *words, "--trainer.max_epochs", 9, tiny=False)
-    message = " ".join(capsys.readouterr().err.split())
+    words = [command, "--ckpt_path", fitted / BEST, "--data.root", "renamed"]
+    message = error_of(capsys, cli, tmp_path, *words, "--trainer.max_epochs", 9, tiny=False)
     assert "other classes than the team was trained on" in message
     assert "(missing: 3; new: zebra)" in message
-    assert "Traceback" not in message
 
 
-def test_weights_alone(cli, fitted, tmp_path):
+def test_a_checkpoint_of_weights_alone(cli, fitted, tmp_path):
     """`save_weights_only` keeps everything that a trained net needs."""
     options = ["--checkpoint.save_weights_only", "true"]
     cli(tmp_path, "fit", *options)
-    checkpoint = tmp_path / CHECKPOINT
+    checkpoint = tmp_path / BEST
     assert "optimizer_states" not in torch.load(checkpoint, weights_only=True)
     cli(tmp_path, "test", "--ckpt_path", checkpoint, tiny=False)
     cli(tmp_path, "profile", "--ckpt_path", checkpoint, "--runs", 1, tiny=False)
     assert Predictor.from_checkpoint(checkpoint).classes == [str(digit) for digit in range(10)]
 
 
-@pytest.mark.fault("per_depth.json is not a report", "an error that names the file")
+@pytest.mark.fault("a `per_depth.json` that is not a report", "The error names the file.")
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"net": "a"}]', "[" * 5000])
 def test_a_file_beside_the_checkpoint_that_is_not_a_report(checkpoint, tmp_path, content):
     shutil.copy(checkpoint, tmp_path / "team.ckpt")
@@ -168,10 +159,10 @@ def test_a_file_beside_the_checkpoint_that_is_not_a_report(checkpoint, tmp_path,
 
 
 def test_data_with_other_statistics_causes_a_warning(cli, fitted, tmp_path):
-    """ImageNet's statistics, while the team was trained with those of its data."""
+    """Here ImageNet's; the team was trained with those of its data."""
     options = ["--data.root", fitted / "moved", "--data.statistics", "imagenet"]
     with pytest.warns(UserWarning, match=r"predicts, with mean .*; this data has mean \[0\.485"):
-        cli(tmp_path, "test", "--ckpt_path", fitted / CHECKPOINT, *options, tiny=False)
+        cli(tmp_path, "test", "--ckpt_path", fitted / BEST, *options, tiny=False)
 
 
 # Any number of Teammates
@@ -179,7 +170,7 @@ def test_data_with_other_statistics_causes_a_warning(cli, fitted, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_extra(checkpoint, tmp_path_factory):
-    """Saves a checkpoint with further Teammates, each with the weights of Teammate b."""
+    """Saves a checkpoint with extra Teammates, each with the weights of Teammate b."""
 
     def save(**extra):
         content = torch.load(checkpoint, weights_only=True)
@@ -226,15 +217,15 @@ def test_values_of_a_third_teammate_are_not_trusted(with_extra):
         Teammate.from_checkpoint(path, "c")
 
 
-def test_further_teammates_that_are_not_a_mapping(checkpoint, tmp_path):
+def test_extra_teammates_must_be_a_mapping(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"]["extra_teammates"] = ["c"]
     torch.save(content, tmp_path / "team.ckpt")
-    with pytest.raises(ValueError, match=r"extra_teammates must be a mapping, found \['c'\]"):
+    with pytest.raises(ValueError, match=r"extra_teammates must be a mapping .*, found \['c'\]"):
         Teammate.from_checkpoint(tmp_path / "team.ckpt")
 
 
-def test_a_checkpoint_is_read_once_with_one_trust(checkpoint, monkeypatch):
+def test_a_checkpoint_is_read_and_trusted_once(checkpoint, monkeypatch):
     made, read = [], []
 
     def load(path, *args):

@@ -1,4 +1,4 @@
-"""A net with weights that are infinite or NaN is not deployed."""
+"""A net with infinite or NaN weights is not deployed."""
 
 import shutil
 
@@ -8,6 +8,7 @@ import torch
 from teamnet_pl import ElasticNet
 from teamnet_pl.cli import main
 from teamnet_pl.deploy import Predictor, Preprocessing, Teammate, export_files
+from tests.helpers.runs import error_of
 from tests.helpers.teams import make_team
 
 NAME = "backbone.fc.weight"
@@ -16,7 +17,7 @@ MESSAGE = "has weights that are infinite or NaN: 2 of .* values of (teammates.a.
 
 @pytest.fixture(scope="module")
 def poisoned(checkpoint, tmp_path_factory):
-    """A checkpoint with two such values."""
+    """A checkpoint with two such weights."""
     path = shutil.copy(checkpoint, tmp_path_factory.mktemp("poisoned"))
     content = torch.load(path, weights_only=True)
     weight = content["state_dict"][f"teammates.a.{NAME}"]
@@ -32,7 +33,7 @@ def poison(net):
 
 
 @pytest.mark.parametrize("load", [Teammate.from_checkpoint, Predictor.from_checkpoint])
-def test_loading(poisoned, load):
+def test_loading_a_checkpoint(poisoned, load):
     with pytest.raises(ValueError, match=MESSAGE):
         load(poisoned)
 
@@ -41,28 +42,27 @@ def test_the_other_teammate_is_not_affected(poisoned):
     assert Teammate.from_checkpoint(poisoned, "b").backbone.fc.weight.isfinite().all()
 
 
-def test_the_hub(checkpoint, tmp_path):
+def test_loading_from_the_hub(checkpoint, tmp_path):
     poison(Teammate.from_checkpoint(checkpoint)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=MESSAGE):
         Teammate.from_pretrained(tmp_path)
 
 
-def test_files(checkpoint, tmp_path):
+def test_exporting_files(checkpoint, tmp_path):
     net = poison(Teammate.from_checkpoint(checkpoint))
     with pytest.raises(ValueError, match=MESSAGE):
         export_files(net, tmp_path / "out", ["safetensors"])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.fault("a weight is NaN", "profile, serve and export refuse it, by the tensor's name")
+@pytest.mark.fault(
+    "NaN weights", "`profile`, `serve` and `export` refuse the net and name the tensor."
+)
 @pytest.mark.parametrize(
     "words", [["profile"], ["serve"], ["export", "--out", "out", "--formats", "[safetensors]"]]
 )
 def test_commands(poisoned, words, capsys):
-    with pytest.raises(SystemExit) as error:
-        main([*words, "--ckpt_path", str(poisoned)])
-    assert error.value.code == 2
-    assert NAME in capsys.readouterr().err
+    assert NAME in error_of(capsys, main, [*words, "--ckpt_path", str(poisoned)])
 
 
 def test_outputs_that_overflow():

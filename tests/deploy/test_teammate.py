@@ -11,13 +11,12 @@ from teamnet_pl import Team, TeammateConfig
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate
 from teamnet_pl.elastic import depth_costs
-from tests.helpers.nets import train
+from tests.helpers.deploy import make_teammate
+from tests.helpers.runs import BEST
 from tests.helpers.teams import make_team, make_trainer
 
-pytestmark = [
-    # huggingface_hub opens a model card and a config without closing them.
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-]
+# huggingface_hub opens a model card and a config without closing them.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 TINY = TeammateConfig(options={"width": 4}, depths=[7, 5, 2], policy="evenly_spread")
 CROP = {"class_path": "torchvision.transforms.v2.CenterCrop", "init_args": {"size": [8, 8]}}
 PREPROCESSING = PreprocessingConfig([1, 8, 8], [0.3], [0.2], [CROP], bits=12)
@@ -28,10 +27,7 @@ IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def teammate():
     accuracy = {"d7": 0.875, "d2": 0.5}
-    net = Teammate(10, (1, 8, 8), TINY, PREPROCESSING, CLASSES, accuracy, "test")
-    train(net, batch_size=4)
-    net.eval()
-    return net
+    return make_teammate(TINY, PREPROCESSING, CLASSES, accuracy, "test")
 
 
 def assert_same(actual, expected):
@@ -57,7 +53,7 @@ def assert_same(actual, expected):
         assert torch.equal(actual.packed(IMAGES), expected.eval().packed(IMAGES))
 
 
-def test_folder(teammate, tmp_path):
+def test_a_folder_round_trips(teammate, tmp_path):
     teammate.save_pretrained(tmp_path / "net")
     assert {path.name for path in (tmp_path / "net").iterdir()} == {
         "README.md", "config.json", "model.safetensors"
@@ -71,9 +67,7 @@ def test_folder(teammate, tmp_path):
 
 def test_weights_per_depth(tmp_path):
     config = TeammateConfig(options={"width": 4}, depths=3, per_depth_affine=True)
-    net = Teammate(10, (1, 8, 8), config)
-    train(net, batch_size=4)
-    net.eval()
+    net = make_teammate(config)
     net.save_pretrained(tmp_path)
     assert_same(Teammate.from_pretrained(tmp_path), net)
 
@@ -131,7 +125,7 @@ class Bomb:
         return Path.touch, (Path("ran"),)
 
 
-@pytest.mark.fault("a Hub folder with a malicious pickle", "refused, nothing is unpickled")
+@pytest.mark.fault("a Hub folder with a malicious pickle", "It is refused; nothing is unpickled.")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_pickled_code_is_not_run(teammate, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -143,8 +137,10 @@ def test_pickled_code_is_not_run(teammate, tmp_path, monkeypatch, name):
     assert not Path("ran").exists()
 
 
-@pytest.mark.fault("a byte of a Hub folder's weights has flipped", "an error says so at load")
-def test_flipped_bytes_are_noticed(teammate, tmp_path):
+@pytest.mark.fault(
+    "a flipped bit in the weights of a Hub folder", "The error says that the file is damaged."
+)
+def test_flipped_bits_are_detected(teammate, tmp_path):
     teammate.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -154,7 +150,7 @@ def test_flipped_bytes_are_noticed(teammate, tmp_path):
         Teammate.from_pretrained(tmp_path)
 
 
-@pytest.mark.fault("a Hub folder's config has wrong values", "an error that names the value")
+@pytest.mark.fault("wrong values in the config of a Hub folder", "The error names the value.")
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
@@ -178,7 +174,7 @@ def test_config_with_wrong_values(teammate, tmp_path, entry, value, message):
         Teammate.from_pretrained(tmp_path)
 
 
-@pytest.mark.fault("a Hub folder's weights lack some", "an error that names them")
+@pytest.mark.fault("missing weights in a Hub folder", "The error names them.")
 def test_missing_weights(teammate, tmp_path):
     from safetensors.torch import save_file
 
@@ -191,8 +187,10 @@ def test_missing_weights(teammate, tmp_path):
         Teammate.from_pretrained(tmp_path)
 
 
-@pytest.mark.fault("a Hub folder's config names code", "refused, unless it is trusted")
-def test_config_runs_nothing(teammate, tmp_path, own_nets):
+@pytest.mark.fault(
+    "code named in the config of a Hub folder", "It is refused unless the user trusts it."
+)
+def test_code_named_in_a_config_is_not_run(teammate, tmp_path, own_nets):
     teammate.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -204,7 +202,7 @@ def test_config_runs_nothing(teammate, tmp_path, own_nets):
         Teammate.from_pretrained(tmp_path)
 
 
-def test_a_user_s_backbone_if_trusted(tmp_path, own_nets):
+def test_a_users_own_backbone_needs_trust(tmp_path, own_nets):
     config = TeammateConfig("own_nets.GroupNormNet", {"width": 6}, depths=[4, 1])
     net = Teammate(10, (1, 8, 8), config).eval()
     net.save_pretrained(tmp_path)
@@ -213,7 +211,7 @@ def test_a_user_s_backbone_if_trusted(tmp_path, own_nets):
     assert_same(Teammate.from_pretrained(tmp_path, trust_import=True), net)
 
 
-def test_pretrained_weights_are_not_looked_for(tmp_path):
+def test_pretrained_weights_are_not_loaded_again(tmp_path):
     config = TeammateConfig(
         "timm/resnet18", {"checkpoint_path": "/nowhere"}, checkpoint="/nowhere", depths=2
     )
@@ -221,7 +219,7 @@ def test_pretrained_weights_are_not_looked_for(tmp_path):
     Teammate.from_pretrained(tmp_path)
 
 
-@pytest.mark.fault("a Hub folder without config.json", "an error says so")
+@pytest.mark.fault("a Hub folder without `config.json`", "The error says so.")
 def test_folder_without_config(teammate, tmp_path):
     teammate.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -234,9 +232,10 @@ def test_folder_without_config(teammate, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(cli, tmp_path_factory):
+    """One with a report of the validation split, as training leaves it."""
     folder = tmp_path_factory.mktemp("run")
     cli(folder, "fit")
-    return folder / "logs/version_0/checkpoints/best.ckpt"
+    return folder / BEST
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -258,8 +257,7 @@ def test_from_checkpoint(checkpoint, name):
 
 
 @pytest.mark.fault(
-    "per_depth.json is of other weights than the checkpoint",
-    "its accuracies are not used",
+    "a `per_depth.json` of other weights than the checkpoint's", "Its accuracies are not used."
 )
 def test_an_evaluation_of_other_weights_is_not_used(checkpoint, tmp_path):
     report = (checkpoint.parent / "per_depth.json").read_text()

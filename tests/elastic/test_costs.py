@@ -5,24 +5,14 @@ from rich.console import Console
 from torch import nn
 
 from teamnet_pl.elastic import Cost, ElasticNet, cost, cost_table, depth_costs
-from tests.helpers.nets import make_backbone
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return torch.relu(x + self.norm(self.conv(x)))
+from tests.helpers.nets import PostActivation, make_backbone
 
 
 def small_net():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Sequential(Block(), Block()),
+        nn.Sequential(*(PostActivation("batch", 4, 4, stride=1) for _ in range(2))),
         nn.Conv2d(4, 6, 2, groups=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -61,7 +51,7 @@ def test_cost_of_each_depth(size):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_cost_of_attention(training, grad):
-    """Attention counts, whichever kernel computes it."""
+    """Attention counts whichever kernel computes it."""
     tokens, width, hidden, layers = 5, 8, 16, 2
     net = tv.VisionTransformer(32, 16, layers, 2, width, hidden, num_classes=3).train(training)
     macs = 4 * width * 3 * 16 * 16  # the patches
@@ -75,7 +65,7 @@ def test_cost_of_attention(training, grad):
 
 @pytest.mark.parametrize("per_depth_affine", [False, True])
 @pytest.mark.parametrize("kind", ["residual", "preactivation", "transformer"])
-def test_depths_cost_what_they_cost_once_extracted(kind, per_depth_affine):
+def test_a_depth_costs_the_same_as_its_extracted_net(kind, per_depth_affine):
     backbone = make_backbone(kind, [(3, False), (2, True)])
     net = ElasticNet(backbone, (3, 8, 8), depths=5, per_depth_affine=per_depth_affine)
     costs = depth_costs(net, (3, 8, 12))
@@ -94,7 +84,7 @@ def modes(net):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_behind(training):
+def test_measuring_the_cost_leaves_the_net_unchanged(training):
     net = ElasticNet(small_net(), (3, 8, 8), depths=2).train(training)
     net.backbone[2].train(not training)
     net.backbone[0].weight.grad = gradient = torch.ones_like(net.backbone[0].weight)
@@ -111,7 +101,7 @@ def test_nothing_is_left_behind(training):
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_all_is_restored_where_the_net_fails(fast_path):
+def test_everything_is_restored_if_the_net_fails(fast_path):
     net = small_net()
     net[2].eval()
     before = modes(net)

@@ -83,7 +83,7 @@ def test_interleaved_depths(stages, number, plain, between):
 
 @given(stages=stage_sizes, policy=policies, data=st.data())
 @settings(max_examples=50, deadline=None)
-def test_interleaved_depths_are_as_many(stages, policy, data):
+def test_interleaving_keeps_the_number_of_depths(stages, policy, data):
     total = sum(stages)
     number = data.draw(st.integers(2, total + 1), label="depths")
     depths = derive_depths(stages, number, policy, interleaved=True)
@@ -137,7 +137,7 @@ def test_depths_that_do_not_fit(spec, message):
         derive_depths([3, 2], spec)
 
 
-def test_errors_tell_what_the_net_has():
+def test_errors_describe_the_net():
     with pytest.raises(ValueError, match=r"5 skippable blocks, \[3, 2\] by stage"):
         derive_depths([3, 2], 9)
 

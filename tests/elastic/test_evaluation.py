@@ -6,7 +6,7 @@ from teamnet_pl.elastic.evaluation import evaluation, example_images
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_modes_and_gradients_are_back_afterwards(fails):
+def test_modes_and_gradients_are_restored(fails):
     net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3)))
     net[1].eval()
     try:

@@ -11,24 +11,26 @@ from torch import nn
 
 from teamnet_pl.elastic import ElasticNet
 from teamnet_pl.elastic.extraction import drop_block
-from tests.helpers.nets import basic_resnet, convnext, make_backbone, resnet, train, vit
+from tests.helpers.nets import (
+    basic_resnet,
+    convnext,
+    make_backbone,
+    make_elastic,
+    resnet,
+    swin,
+    torchvision_vit,
+    train,
+    vit,
+)
 
 CNN = tv.convnext.CNBlockConfig
 MBCONV = tv.efficientnet.MBConvConfig
-
-
-def torchvision_vit(layers):
-    return tv.VisionTransformer(32, 16, layers, 2, 16, 32, num_classes=5)
 
 
 def torchvision_convnext(layers):
     widths = [8, 12, 16, None]
     settings = [CNN(*both) for both in zip(widths, widths[1:], layers, strict=False)]
     return tv.ConvNeXt(settings, num_classes=5)
-
-
-def swin(layers):
-    return tv.SwinTransformer([4, 4], 8, layers, [1, 2], [7, 7], num_classes=5)
 
 
 def efficientnet(layers):
@@ -43,8 +45,8 @@ def timm_resnet(layers):
     )
 
 
-# A function that builds a net, and its layers; the blocks that a depth keeps per stage, or their
-# number if they are spread evenly; the layers of the net with these blocks.
+# A function that builds a net, and the net's layers; the blocks that a depth keeps in each stage,
+# or their number if they are spread evenly; the layers of the net with these blocks only.
 NETS = {
     "resnet": (basic_resnet, [2, 2, 2, 2], [2, 0, 1, 0], [2, 1, 2, 1]),
     "bottleneck": (resnet, [2, 3, 3, 2], [1, 1, 2, 0], [2, 2, 3, 1]),
@@ -66,7 +68,7 @@ NETS = {
     ("build", "layers", "kept", "kept_layers"),
     [pytest.param(*case, id=name) for name, case in NETS.items()],
 )
-def test_extracted_is_the_net_that_one_would_build(build, layers, kept, kept_layers):
+def test_the_extracted_net_matches_a_hand_built_one(build, layers, kept, kept_layers):
     torch.manual_seed(0)
     backbone = build(layers).double()
     full = ElasticNet(copy.deepcopy(backbone), (3, 32, 32), depths=2).stages
@@ -120,13 +122,13 @@ def test_every_depth(net, images):
     assert sizes[0] == len(net.backbone.state_dict())
 
 
-def test_no_trace_of_the_package(net):
+def test_the_extracted_net_has_no_trace_of_the_package(net):
     for depth in net.depths:
         plain = net.extract(depth)
         for module in plain.modules():
             assert "forward" not in vars(module)
-            for thing in (module, *vars(module).values()):
-                assert not type(thing).__module__.startswith("teamnet_pl")
+            for value in (module, *vars(module).values()):
+                assert not type(value).__module__.startswith("teamnet_pl")
         assert b"teamnet_pl" not in pickle.dumps(plain)
         for block in net.blocks:
             assert "forward" in vars(net.backbone.get_submodule(block.name))  # still elastic
@@ -143,7 +145,7 @@ def test_skipped_blocks_are_gone(net):
     ]
 
 
-def test_training_the_extracted_net_leaves_the_elastic_net_alone(net, images):
+def test_training_the_extracted_net_leaves_the_elastic_net_unchanged(net, images):
     state = copy.deepcopy(net.state_dict())
     gradients = [p.grad.clone() for p in net.parameters()]
     plain = net.extract(net.depths[1]).train()
@@ -178,9 +180,7 @@ def test_modes_and_frozen_parameters_are_kept(net):
 
 
 def test_weights_per_depth(images):
-    net = ElasticNet(make_backbone(), (3, 8, 8), depths=4, per_depth_affine=True)
-    train(net)
-    net.eval()
+    net = make_elastic(make_backbone(), 4, (3, 8, 8), per_depth_affine=True)
     weights = []
     for depth in net.depths:
         plain = net.extract(depth)
@@ -214,7 +214,7 @@ def test_blocks_that_are_called_with_keywords(images, kept):
 
 
 class Scaled(nn.Module):
-    """Each of its blocks has a scale by its position."""
+    """Scales the output of each block by a factor that depends on the block's position."""
 
     def __init__(self, strict, **kwargs):
         super().__init__()
@@ -245,7 +245,7 @@ def test_blocks_that_depend_on_their_position(images, strict):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_each_weight_is_copied_once(strict, monkeypatch):
-    """Also where removing the blocks takes a second try."""
+    """Also if removing the blocks takes a second attempt."""
     net = ElasticNet(Scaled(strict), (3, 8, 8), depths=[3, 1], policy="evenly_spread")
     copied = []
     original = nn.Parameter.__deepcopy__
@@ -271,7 +271,7 @@ def test_net_that_cannot_do_without_a_block(backbone):
     assert all(module.training for module in net.modules())
 
 
-def test_extracting_leaves_the_elastic_net_alone(net, images):
+def test_extracting_leaves_the_elastic_net_unchanged(net, images):
     net.train()
     net.backbone.head.eval()
     state = copy.deepcopy(net.state_dict())

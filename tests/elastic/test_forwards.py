@@ -3,32 +3,41 @@
 import copy
 import functools
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import timm
 import torch
-import torchvision.models as tv
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from teamnet_pl.elastic import ElasticNet, depth_costs
-from tests.helpers.nets import basic_resnet, block_names, make_backbone, plain_at, resnet, train
+from teamnet_pl.elastic import DepthPolicy, ElasticNet, depth_costs
+from tests.helpers.nets import (
+    basic_resnet,
+    block_names,
+    make_backbone,
+    plain_at,
+    resnet,
+    swin,
+    torchvision_vit,
+    train,
+)
 from tests.helpers.strategies import depth_specs
 
 SHAPE = (3, 8, 8)
-POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
+POLICIES = get_args(DepthPolicy)
 RATE = 0.01
 
 
-def close(actual, expected, what=""):
+def close(actual, expected, name=""):
     torch.testing.assert_close(
-        actual, expected, rtol=1e-10, atol=1e-10, msg=lambda message: f"{what}: {message}"
+        actual, expected, rtol=1e-10, atol=1e-10, msg=lambda message: f"{name}: {message}"
     )
 
 
 class Separate:
-    """The truth: plain nets, one for each depth, that are trained as if they shared weights."""
+    """The truth: a plain net for each depth, trained as if they shared weights."""
 
     def __init__(self, backbone, net, per_depth_affine=False):
         self.nets = [plain_at(backbone, net, depth) for depth in net.depths]
@@ -36,11 +45,11 @@ class Separate:
         self.blocks = [block.name for block in net.blocks]
         norms = [name for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
         self.norms = norms if per_depth_affine else []
-        # In the backbones used here modules are registered in the order in which they run.
+        # The modules of these backbones are registered in the order in which they run.
         self.order = [name for name, _ in backbone.named_modules()]
 
     def owner(self, depth, name):
-        """Tells the weights of a depth from those of others by the blocks before them."""
+        """The key of the weights of a depth, which differ if other blocks run before them."""
         layer = name.rpartition(".")[0]
         if layer not in self.norms:
             return name, ()
@@ -51,7 +60,7 @@ class Separate:
         return name, self.kept[depth][: sum(before)]
 
     def step(self, images, gradients):
-        """One forward, backward and step of plain gradient descent; returns logits, gradients."""
+        """Takes a step of plain gradient descent; returns logits and gradients."""
         logits, summed = [], {}
         for depth, (net, gradient) in enumerate(zip(self.nets, gradients, strict=True)):
             net.zero_grad()
@@ -68,7 +77,7 @@ class Separate:
 
 
 def gradients_of(net):
-    """The gradients by parameter name; where there are several, the deepest stream comes first."""
+    """The gradients by parameter name, those of several copies with the deepest stream first."""
     parameters = {name: [parameter] for name, parameter in net.backbone.named_parameters()}
     for layer, copies in net.norms.items():
         for copied in copies:
@@ -150,7 +159,7 @@ sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
 
 @given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
 @settings(max_examples=60, deadline=None)
-def test_packed_is_one_forward_for_each_depth(case, training, batch, size):
+def test_packed_equals_one_forward_per_depth(case, training, batch, size):
     net, pristine = compare_with_plain_nets(case, training, batch, size)
     assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
     changed = [
@@ -185,11 +194,11 @@ def test_gradient_checkpointing_changes_no_result(case, per_depth_affine):
 
 
 def kept_for_backward(net, step):
-    """The bytes that autograd keeps beside the weights, and the result of the step."""
+    """The bytes that autograd keeps besides the weights, and the result of a step."""
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # keeps the memory from being reused
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # so that the memory is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -205,7 +214,7 @@ def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
     kept, runs, gradients = {}, {}, {}
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        # With stochastic depth, a block that runs again must make the same random draws.
+        # With stochastic depth, a block that runs again must draw the same random numbers.
         options = {"num_classes": 5, "img_size": 8, "patch_size": 2, "drop_path_rate": 0.5}
         backbone = timm.create_model("test_vit", **options)
         net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=checkpointing)
@@ -217,7 +226,7 @@ def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
             step = functools.partial(net.packed if packed else net, images)
             kept[checkpointing], logits = kept_for_backward(net, step)
         before = len(calls)
-        logits.square().sum().backward()  # out of all scopes
+        logits.square().sum().backward()  # outside all scopes
         runs[checkpointing] = len(calls) / before
         trained = [parameter for parameter in net.parameters() if parameter.grad is not None]
         gradients[checkpointing] = [parameter.grad for parameter in trained]
@@ -227,7 +236,7 @@ def test_gradient_checkpointing_keeps_less_and_runs_blocks_again(packed):
 
 
 def test_modules_of_a_blocks_class_run_again_too():
-    """The first blocks of a ResNet's stages change the shape: none can be skipped."""
+    """The first block of each stage of a ResNet, which changes the shape, cannot be skipped."""
     backbone = timm.create_model("resnet18", num_classes=5)
     net = ElasticNet(backbone, SHAPE, depths=3, grad_checkpointing=True)
     calls = []
@@ -249,7 +258,7 @@ def test_nothing_runs_again_in_evaluation():
 
 @given(case=cases(), training=st.booleans(), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_one_depth_is_a_plain_net(case, training, data):
+def test_one_depth_equals_a_plain_net(case, training, data):
     backbone = make_backbone(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy).train(training)
@@ -275,7 +284,7 @@ def test_one_depth_is_a_plain_net(case, training, data):
     close(list(net.extract(depth).buffers()), list(plain.buffers()), "statistics")
 
 
-def test_one_depth_leaves_statistics_that_are_not_its_own():
+def test_one_depth_leaves_the_statistics_of_others_unchanged():
     net = ElasticNet(make_backbone(), SHAPE, depths=4).train()
     before = {depth: copy.deepcopy(net.extract(depth).last_norm) for depth in net.depths}
     with net.at(net.depths[2]):
@@ -303,10 +312,8 @@ def test_single_pixel_and_single_image_fails_as_in_a_plain_net():
 REAL = {
     "torchvision_resnet": lambda: basic_resnet([2, 2, 1, 1]),
     "torchvision_resnext": lambda: resnet([2, 2, 1, 1]),
-    "torchvision_vit": lambda: tv.VisionTransformer(32, 16, 3, 2, 16, 32, num_classes=5),
-    "torchvision_swin": lambda: tv.SwinTransformer(
-        [4, 4], 8, [2, 2], [1, 2], [7, 7], stochastic_depth_prob=0.0, num_classes=5
-    ),
+    "torchvision_vit": lambda: torchvision_vit(3),
+    "torchvision_swin": lambda: swin([2, 2], stochastic_depth_prob=0.0),
     "timm_mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
     "timm_vit": lambda: timm.create_model("test_vit", num_classes=5, img_size=32),
     "timm_convnext": lambda: timm.create_model("test_convnext", num_classes=5),
@@ -390,7 +397,7 @@ def test_blocks_with_tied_weights():
 
 
 def test_norm_with_parameters_of_its_own_activation():
-    """As in timm, whose norms include the activation."""
+    """As in timm, where norms include the activation."""
     backbone = make_backbone(stages=[(3, False)])
     for name in ("stages.0.1.norm", "last_norm"):
         norm = timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU, act_kwargs={"init": 0.3})
@@ -498,7 +505,7 @@ def branched(kind):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["chain", "remembers", "concatenates", "exchanges", "adds_stem"])
 def test_branches_around_blocks(kind, policy, training):
-    """All branches have the same streams, otherwise their outputs could not be joined."""
+    """All branches have the same streams; otherwise their outputs could not be joined."""
     torch.manual_seed(0)
     backbone = branched(kind).train(training)
     pristine = copy.deepcopy(backbone)
@@ -532,7 +539,7 @@ def test_branches_around_blocks(kind, policy, training):
         ("adds_stem", [4, 4]),
     ],
 )
-def test_streams_fork_no_earlier_than_they_must(kind, rows):
+def test_streams_fork_no_earlier_than_necessary(kind, rows):
     backbone = branched(kind)
     net = ElasticNet(backbone, SHAPE, depths=[5, 4, 2, 0], policy="last_stage_first")
     num_rows = []
@@ -615,7 +622,7 @@ def test_autocast(float_net, training):
 
 
 def gradients(net, plain):
-    """Those of the net, and the sums of those of the plain nets."""
+    """The gradients of the net, and the sums of those of the plain nets."""
     by_name = [dict(plain_net.named_parameters()) for plain_net in plain]
     names = [name for name, _ in net.backbone.named_parameters()]
     summed = [sum(named[name].grad for named in by_name if name in named) for name in names]

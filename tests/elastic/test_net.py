@@ -8,21 +8,14 @@ import torch
 from torch import nn
 
 from teamnet_pl.elastic import ElasticNet, trace_backbone
-from tests.helpers.nets import BlockNet, Residual, basic_resnet, make_backbone, train
+from tests.helpers.nets import BlockNet, Residual, basic_resnet, make_backbone, make_elastic, train
 
 SHAPE = (3, 8, 8)
 
 
-@pytest.fixture
-def make():
-    """Makes nets whose depths all have statistics of their own."""
-
-    def make(seed=0, depths=4, kind="residual", norm="batch", **kwargs):
-        net = ElasticNet(make_backbone(kind, norm=norm, seed=seed), SHAPE, depths=depths, **kwargs)
-        train(net)
-        return net.eval()
-
-    return make
+def make_net(seed=0, depths=4, kind="residual", norm="batch", **kwargs):
+    """A net in float64 whose depths all have their own statistics."""
+    return make_elastic(make_backbone(kind, norm=norm, seed=seed), depths, SHAPE, **kwargs)
 
 
 @pytest.fixture
@@ -31,7 +24,7 @@ def images():
 
 
 def outputs(net, images):
-    """The outputs of the depths one after the other, then those of the packed forward."""
+    """The outputs of each depth alone, followed by those of the packed forward."""
     single = []
     for depth in net.depths:
         with net.at(depth), torch.no_grad():
@@ -48,8 +41,8 @@ def same(actual, expected, **kwargs):
 # Depths and scopes
 
 
-def test_depths_differ(make, images):
-    net = make()
+def test_depths_differ(images):
+    net = make_net()
     singles = outputs(net, images)[:4]
     packed = outputs(net, images)[4:]
     same(singles, packed)
@@ -57,8 +50,8 @@ def test_depths_differ(make, images):
         assert all((one - other).abs().max() > 1e-3 for other in singles[:i])
 
 
-def test_a_depth_has_three_names(make, images):
-    net = make()
+def test_a_depth_has_three_names(images):
+    net = make_net()
     depth = net.depths[1]
     expected = outputs(net, images)[1]
     for name in (depth, depth.name, depth.num_blocks):
@@ -69,8 +62,8 @@ def test_a_depth_has_three_names(make, images):
 
 
 @pytest.mark.parametrize("name", ["d9", 9, "2", "", None])
-def test_unknown_depth(make, images, name):
-    net = make(depths=[3, 2, 0])
+def test_unknown_depth(images, name):
+    net = make_net(depths=[3, 2, 0])
     expected = outputs(net, images)
     message = rf"has the depths d3, d2, d0; {name} is none of them"
     for use in (net.depth, net.extract, lambda name: net.at(name).__enter__()):
@@ -82,22 +75,24 @@ def test_unknown_depth(make, images, name):
         same(net(images), expected[1])
 
 
-def test_depth_of_another_net(make):
-    net, other = (make(depths=[3, 1], policy=f"{which}_stage_first") for which in ("first", "last"))
+def test_depth_of_another_net():
+    net, other = (
+        make_net(depths=[3, 1], policy=f"{which}_stage_first") for which in ("first", "last")
+    )
     assert net.depth(other.depths[0]) == other.depths[0]  # both keep all blocks
     with pytest.raises(ValueError, match="d1 is none of them"):
-        net.at(other.depths[1]).__enter__()  # the same number of blocks, but different ones
+        net.at(other.depths[1]).__enter__()  # as many blocks, but different ones
 
 
-def test_the_deepest_runs_outside_of_a_scope(make, images):
-    net = make()
+def test_the_deepest_depth_runs_outside_a_scope(images):
+    net = make_net()
     full, *_ = outputs(net, images)
     same(net(images), full)
     same(net.backbone(images), full)
 
 
-def test_scopes_nest(make, images):
-    net = make()
+def test_scopes_nest(images):
+    net = make_net()
     full, second, third, *_ = outputs(net, images)
     with net.at(net.depths[1]):
         same(net(images), second)
@@ -110,16 +105,16 @@ def test_scopes_nest(make, images):
     same(net(images), full)
 
 
-def test_packed_within_a_scope(make, images):
-    net = make()
+def test_packed_within_a_scope(images):
+    net = make_net()
     _, second, *_ = expected = outputs(net, images)
     with net.at(net.depths[1]):
         same([*net.packed(images)], expected[4:])
         same(net(images), second)
 
 
-def test_scope_ends_with_an_exception(make, images):
-    net = make()
+def test_scope_ends_with_an_exception(images):
+    net = make_net()
     full, second, *_ = outputs(net, images)
     with net.at(net.depths[1]):
         with pytest.raises(KeyError), net.at(net.depths[2]):
@@ -131,8 +126,8 @@ def test_scope_ends_with_an_exception(make, images):
     same(net(images), full)
 
 
-def test_two_nets_do_not_disturb_each_other(make, images):
-    a, b = make(seed=0), make(seed=1)
+def test_two_nets_do_not_disturb_each_other(images):
+    a, b = make_net(seed=0), make_net(seed=1)
     of_a, of_b = outputs(a, images), outputs(b, images)
     with a.at(a.depths[1]):
         same(b(images), of_b[0])
@@ -147,8 +142,8 @@ def test_two_nets_do_not_disturb_each_other(make, images):
     same([a(images), b(images)], [of_a[0], of_b[0]])
 
 
-def test_scopes_of_two_nets_interleave(make, images):
-    a, b = make(seed=0), make(seed=1)
+def test_scopes_of_two_nets_interleave(images):
+    a, b = make_net(seed=0), make_net(seed=1)
     of_a, of_b = outputs(a, images), outputs(b, images)
     scope_of_a, scope_of_b = ExitStack(), ExitStack()
     scope_of_a.enter_context(a.at(a.depths[1]))
@@ -179,7 +174,7 @@ def test_names_and_classes_stay(norm):
 
 
 def test_backbone_with_a_forward_on_an_instance():
-    """As in FasterNet of timm."""
+    """As in timm's FasterNet."""
 
     def instance_forward(x):
         return 2 * Residual.forward(block, x)
@@ -198,7 +193,7 @@ def test_backbone_with_a_forward_on_an_instance():
     assert net.extract(2).blocks[1].forward is instance_forward
 
 
-def test_backbone_that_is_elastic_already():
+def test_backbone_that_is_already_elastic():
     backbone = basic_resnet([1, 1, 1, 1])
     net = ElasticNet(backbone, (3, 32, 32), depths=2)
     for again in (backbone, net, nn.Sequential(backbone)):
@@ -208,7 +203,7 @@ def test_backbone_that_is_elastic_already():
     assert [block.name for block in trace.blocks] == ["layer1.0"]
 
 
-def test_backbone_is_untouched_where_wrapping_fails():
+def test_backbone_is_unchanged_if_wrapping_fails():
     backbone = make_backbone()
     with pytest.raises(ValueError, match="skippable blocks"):
         ElasticNet(backbone, (3, 8, 8), depths=99)
@@ -216,8 +211,8 @@ def test_backbone_is_untouched_where_wrapping_fails():
     assert ElasticNet(backbone, (3, 8, 8), depths=2).stages == [2, 1]
 
 
-def test_training_mode_reaches_all_statistics(make):
-    net = make()
+def test_training_mode_reaches_all_statistics():
+    net = make_net()
     assert len(list(net.norms.modules())) > 1
     for mode in (True, False):
         net.train(mode)
@@ -255,10 +250,8 @@ def storages(net):
 
 @copies
 @kinds
-def test_a_copy_gives_the_same_outputs_and_shares_nothing(
-    make, images, clone, kind, per_depth_affine
-):
-    net = make(kind=kind, per_depth_affine=per_depth_affine, depths=3)
+def test_a_copy_gives_the_same_outputs_and_shares_nothing(images, clone, kind, per_depth_affine):
+    net = make_net(kind=kind, per_depth_affine=per_depth_affine, depths=3)
     expected = outputs(net, images)
     other = clone(net)
     same(outputs(other, images), expected)
@@ -290,8 +283,8 @@ def test_a_copy_gives_the_same_outputs_and_shares_nothing(
 
 @copies
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_a_copy_trains_like_the_original(make, images, clone, per_depth_affine):
-    net = make(per_depth_affine=per_depth_affine)
+def test_a_copy_trains_like_the_original(images, clone, per_depth_affine):
+    net = make_net(per_depth_affine=per_depth_affine)
     other = clone(net)
     assert len(list(other.parameters())) == len(list(net.parameters()))
     for model in (net, other):
@@ -301,9 +294,9 @@ def test_a_copy_trains_like_the_original(make, images, clone, per_depth_affine):
 
 @pytest.mark.parametrize("assign", [False, True])
 @kinds
-def test_state_dict(make, images, assign, kind, per_depth_affine):
+def test_state_dict(images, assign, kind, per_depth_affine):
     kwargs = {"kind": kind, "per_depth_affine": per_depth_affine}
-    net, other = make(seed=0, **kwargs), make(seed=1, **kwargs)
+    net, other = make_net(seed=0, **kwargs), make_net(seed=1, **kwargs)
     parameters = len(list(other.parameters()))
     state = copy.deepcopy(net.state_dict())
     assert state.keys() == other.state_dict().keys()
@@ -316,8 +309,8 @@ def test_state_dict(make, images, assign, kind, per_depth_affine):
     same(outputs(other.eval(), images), outputs(net.eval(), images))
 
 
-def test_conversion_to_another_type(make, images):
-    net = make()
+def test_conversion_to_another_type(images):
+    net = make_net()
     expected = outputs(net, images)
     actual = outputs(net.float(), images.float())
     assert {output.dtype for output in actual} == {torch.float32}
@@ -332,8 +325,8 @@ def synchronized(net):
 
 
 @pytest.mark.parametrize("per_depth_affine", [False, True])
-def test_synchronized_batch_norm(make, images, per_depth_affine):
-    net = make(per_depth_affine=per_depth_affine)
+def test_synchronized_batch_norm(images, per_depth_affine):
+    net = make_net(per_depth_affine=per_depth_affine)
     plain = copy.deepcopy(net)
     expected = outputs(net, images)
     assert synchronized(net) is net
@@ -349,8 +342,8 @@ def test_synchronized_batch_norm(make, images, per_depth_affine):
 
 
 @pytest.mark.parametrize("use", ["forward", "at", "extract", "copy"])
-def test_synchronized_batch_norm_in_each_first_use(make, images, use):
-    net = make()
+def test_synchronized_batch_norm_in_each_first_use(images, use):
+    net = make_net()
     expected = outputs(net, images)
     synchronized(net)
     with torch.no_grad():
@@ -376,9 +369,9 @@ def test_backbone_with_synchronized_batch_norm(images):
     same(outputs(nets[1].eval(), images), outputs(nets[0].eval(), images))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_a_copy_made_within_a_scope_is_outside_of_it(make, images, duplicate):
-    net = make()
+@pytest.mark.parametrize("clone", [deep_copy, pickled])
+def test_a_copy_made_within_a_scope_is_outside_it(images, clone):
+    net = make_net()
     with net.at(net.depths[-1]):
-        made = duplicate(net)
-    same(made(images), net(images))
+        other = clone(net)
+    same(other(images), net(images))

@@ -1,11 +1,13 @@
+from typing import get_args
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teamnet_pl.elastic import Block, Trace, derive_depths
+from teamnet_pl.elastic import Block, DepthPolicy, Trace, derive_depths
 from teamnet_pl.elastic.plan import Expansion, Fork, Streams, num_fork_levels, plan_streams
 from tests.helpers.strategies import depth_specs
 
-POLICIES = ["round_robin", "last_stage_first", "first_stage_first", "evenly_spread"]
+POLICIES = get_args(DepthPolicy)
 
 
 @given(

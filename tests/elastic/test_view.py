@@ -5,18 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from teamnet_pl.elastic import ElasticNet
-from tests.helpers.nets import make_backbone, train
+from tests.helpers.nets import make_backbone, make_elastic
 
 SHAPE = (3, 8, 8)
 
 
 @pytest.fixture(params=[False, True], ids=["shared_affine", "per_depth_affine"])
 def net(request):
-    """Its depths all have statistics of their own."""
-    net = ElasticNet(make_backbone("residual"), SHAPE, depths=4, per_depth_affine=request.param)
-    train(net)
-    return net.eval()
+    """A net whose depths all have their own statistics."""
+    return make_elastic(make_backbone(), 4, SHAPE, per_depth_affine=request.param)
 
 
 @pytest.fixture
@@ -25,7 +22,7 @@ def images():
 
 
 @torch.no_grad()
-def test_a_view_is_the_extracted_net(net, images):
+def test_a_view_matches_the_extracted_net(net, images):
     for depth in net.depths:
         expected = net.extract(depth).eval()(images)
         with net.at(3):  # the depth of the net itself does not matter
@@ -53,7 +50,7 @@ def test_a_change_of_the_weights_reaches_every_view(net, images):
 
 
 def test_views_run_side_by_side(net, images):
-    """Each thread stays at its own depth, while the depth of the net itself changes."""
+    """Each thread stays at its depth while the depth of the net itself changes."""
     expected = [net.extract(depth).eval()(images).detach() for depth in net.depths]
     views = [net.view(depth) for depth in net.depths]
 

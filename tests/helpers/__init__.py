@@ -1,1 +1,1 @@
-"""What several test modules share: small nets, teams, data and runs, and truths to compare with."""
+"""Helpers of several test modules: small nets, teams, data and runs, and plain counterparts."""

@@ -24,25 +24,13 @@ import pyarrow.parquet
 import pytest
 import scipy.io
 import torch
-from PIL import Image
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torchvision import datasets
 
 from teamnet_pl import data
 from teamnet_pl.data import ImageDataModule
+from tests.helpers.images import encoded, pixels
 from tests.helpers.teams import make_trainer
-
-
-def pixels(count: int, size: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Noise, (count, size, size, channels) or without channels if grey."""
-    shape = (count, size, size) + ((channels,) if channels > 1 else ())
-    return np.random.default_rng([seed, count, size]).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: np.ndarray, form: str = "JPEG") -> bytes:
-    """An image as the content of a file."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, form)
-    return stream.getvalue()
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -57,7 +45,7 @@ def md5(path: Path) -> str:
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
-    """Writes files as a tar, gzipped if so named."""
+    """Writes files as a tar, compressed if its name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as file:
         for name, content in members.items():
@@ -75,6 +63,22 @@ def write_files(folder: Path, members: Mapping[str, bytes]) -> Path:
     return folder
 
 
+def write_mnist(folder: Path, counts: Mapping[str, int], classes: int = 10, first: int = 0) -> Path:
+    """Writes compressed idx files of noise.
+
+    Args:
+        folder: Where they go.
+        counts: Number of images by the start of the names, such as ``train``.
+        classes: Number of classes, which take turns.
+        first: The first label.
+    """
+    for name, count in counts.items():
+        labels = np.arange(count) % classes + first
+        for kind, array in (("images-idx3", pixels(count, 28, 1)), ("labels-idx1", labels)):
+            write_files(folder, {f"{name}-{kind}-ubyte.gz": gzip.compress(idx(array), 1)})
+    return folder
+
+
 def make_photos(
     splits: Mapping[str, int],
     form: str = "JPEG",
@@ -82,7 +86,7 @@ def make_photos(
     suffix: str = "JPEG",
     classes: Sequence[str] = ("n01", "n02", "n03"),
 ) -> dict[str, bytes]:
-    """Photos of various sizes by file name, the given number of each split and class."""
+    """Photos of various sizes by file name, as many of each class as a split is said to have."""
     photos = {}
     for seed, (split, count) in enumerate(splits.items()):
         for i, name in enumerate(classes):
@@ -94,7 +98,8 @@ def make_photos(
 
 def numbered_image(number: int) -> np.ndarray:
     """The image that a number stands for, (24, 24, 3)."""
-    return pixels(1, 24, seed=number)[0]
+    image: np.ndarray = pixels(1, 24, seed=number)[0]
+    return image
 
 
 def png_and_label(number: int) -> dict[str, Any]:
@@ -130,18 +135,17 @@ class DatasetWriter:
         classes: int = 10,
         first: int = 0,
     ) -> Path:
-        for name, count in zip(prefix, (4 * classes, classes), strict=True):
-            labels = np.arange(count) % classes + first
-            for kind, array in (("images-idx3", pixels(count, 28, 1)), ("labels-idx1", labels)):
-                content = {f"{name}-{kind}-ubyte.gz": gzip.compress(idx(array), 1)}
-                write_files(self.folder / folder, content)
+        """Writes gzipped idx files."""
+        counts = dict(zip(prefix, (4 * classes, classes), strict=True))
+        write_mnist(self.folder / folder, counts, classes, first)
         return self.folder
 
     def fashion_mnist(self) -> Path:
+        """Writes gzipped idx files."""
         return self.mnist(folder="FashionMNIST/raw")
 
     def emnist(self, variant: str = "balanced", classes: int = 47, first: int = 0) -> Path:
-        """The zip that torchvision would download."""
+        """Writes the zip that torchvision would download."""
         names = [f"emnist-{variant}-{part}" for part in ("train", "test")]
         self.mnist(names, "gzip", classes, first)
         path = self.folder / "EMNIST/raw/gzip.zip"
@@ -162,7 +166,7 @@ class DatasetWriter:
         key: str,
         classes: int,
     ) -> Path:
-        """The tar that torchvision would download."""
+        """Writes the tar that torchvision would download."""
         members = {}
         for seed, (part, count) in enumerate(parts.items()):
             rows = pixels(count, 32, seed=seed).transpose(0, 3, 1, 2).reshape(count, -1)
@@ -182,12 +186,14 @@ class DatasetWriter:
         return self.folder
 
     def cifar10(self) -> Path:
+        """Writes the tar that torchvision would download."""
         parts = {f"data_batch_{i}": 10 for i in range(1, 6)} | {"test_batch": 10}
         return self.cifar(
             datasets.CIFAR10, "cifar-10-batches-py", "cifar-10-python.tar.gz", parts, "labels", 10
         )
 
     def cifar100(self) -> Path:
+        """Writes the tar that torchvision would download."""
         parts = {"train": 400, "test": 100}
         return self.cifar(
             datasets.CIFAR100,
@@ -199,6 +205,7 @@ class DatasetWriter:
         )
 
     def svhn(self) -> Path:
+        """Writes the files of MATLAB that torchvision would download."""
         listed = dict(datasets.SVHN.split_list)
         for split, count in {"train": 60, "test": 20}.items():
             path = self.folder / f"{split}_32x32.mat"
@@ -213,10 +220,12 @@ class DatasetWriter:
         return self.folder
 
     def image_folder(self, **kwargs: Any) -> Path:
+        """Writes a folder for each split and class."""
         photos = make_photos({"train": 8, "val": 2, "test": 3}, **kwargs)
         return write_files(self.folder, photos)
 
     def imagenette(self) -> Path:
+        """Writes the tar that torchvision would download, of three classes."""
         wnids = "n01440764", "n02102040", "n02979186"
         photos = make_photos({"train": 8, "val": 3}, classes=wnids)
         photos = {f"imagenette2-160/{name}": content for name, content in photos.items()}
@@ -228,7 +237,7 @@ class DatasetWriter:
         return self.folder
 
     def imagenet(self) -> Path:
-        """The three archives of image-net.org, of three classes."""
+        """Writes the three archives of image-net.org, of three classes."""
         classes = ["n01", "n02", "n03"]
         photos = make_photos({"train": 8, "val": 3})
         tars = {}
@@ -249,7 +258,8 @@ class DatasetWriter:
             ("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"),
             ("num_children", "O"),
         ]  # fmt: skip
-        rows = [(ids[name], name, f"class {name}", "", 0) for name in sorted(ids, key=ids.get)]
+        names = sorted(classes, key=ids.__getitem__)
+        rows = [(ids[name], name, f"class {name}", "", 0) for name in names]
         rows.append((4, "n00", "all", "", 3))
         meta = io.BytesIO()
         scipy.io.savemat(meta, {"synsets": np.array(rows, dtype=kinds)})
@@ -276,7 +286,7 @@ class DatasetWriter:
         return self.folder
 
     def tiny_imagenet(self) -> Path:
-        """The zip that would be downloaded."""
+        """Writes the zip that would be downloaded."""
         names = "n01", "n02", "n03"
         path = self.folder / "tiny-imagenet-200.zip"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,13 +294,13 @@ class DatasetWriter:
             lines = []
             for i, name in enumerate(names):
                 for j in range(8):
-                    photo = encoded(pixels(1, 64, seed=10 * i + j)[0])
+                    photo = encoded(pixels(1, 64, seed=10 * i + j)[0], "JPEG")
                     inner = f"train/{name}/images/{name}_{j}.JPEG"
                     file.writestr(f"tiny-imagenet-200/{inner}", photo)
                 boxes = f"{name}_0.JPEG\t0\t0\t62\t62\n"
                 file.writestr(f"tiny-imagenet-200/train/{name}/{name}_boxes.txt", boxes)
             for j in range(9):
-                photo = encoded(pixels(1, 64, seed=90 + j)[0])
+                photo = encoded(pixels(1, 64, seed=90 + j)[0], "JPEG")
                 file.writestr(f"tiny-imagenet-200/val/images/val_{j}.JPEG", photo)
                 # Not sorted by class, as in the real file.
                 lines.append(f"val_{j}.JPEG\t{names[(2 * j) % 3]}\t0\t32\t44\t62\n")
@@ -302,10 +312,12 @@ class DatasetWriter:
         return self.folder
 
     def medmnist(self, name: str = "pathmnist", size: int = 28) -> Path:
+        """Writes the file of NumPy that would be downloaded."""
         from medmnist import INFO
 
         info = INFO[name]
-        arrays, classes = {}, len(info["label"])
+        arrays: dict[str, Any] = {}
+        classes = len(info["label"])
         for seed, (split, count) in enumerate({"train": 30, "val": 10, "test": 12}.items()):
             arrays[f"{split}_images"] = pixels(count, size, info["n_channels"], seed)
             arrays[f"{split}_labels"] = (np.arange(count, dtype=np.uint8) % classes)[:, None]
@@ -316,7 +328,7 @@ class DatasetWriter:
         return self.folder
 
     def shards(self, sizes: Sequence[int], name: str = "train", classes: int = 3) -> str:
-        """Tars of the given numbers of images; returns their names in braces."""
+        """Writes tars of the given numbers of images; returns their names, with braces."""
         number = 0
         for index, size in enumerate(sizes):
             members = {}
@@ -335,7 +347,7 @@ class DatasetWriter:
         sample: Callable[[Any], Any] = png_and_label,
         **kwargs: Any,
     ) -> Path:
-        """Chunks of samples, each made from a value."""
+        """Writes chunks of samples, each of which is made from a value."""
         from litdata.streaming import Cache
 
         writer = Cache(str(self.folder / name), chunk_size=chunk_size, **kwargs)
@@ -352,17 +364,17 @@ class DatasetWriter:
         more: Sequence[str] = (),
         splits: Sequence[str] = ("train", "validation", "test"),
     ) -> Path:
-        """Files as on the Hub: images as bytes, and the features in the schema.
+        """Writes files as on the Hub: images as bytes, and the features in the schema.
 
         Args:
-            labels: Of each split, from its number of rows; by default one of three in turn.
-            kind: Of the label: "class", "list" or a type.
-            more: Names of further columns with labels.
+            labels: The labels of a split, from its number of rows; by default 0, 1, 2 in turn.
+            kind: Kind of the label: "class", "list" or the name of a type.
+            more: Names of other columns with labels.
             splits: Names of the splits.
         """
         import datasets as library
 
-        # Not in the home of the user who runs the tests.
+        # Not in the home folder of the user who runs the tests.
         self.patch.setattr(library.config, "HF_DATASETS_CACHE", self.folder / "cache")
         root = self.folder / "parquet"
         (root / "data").mkdir(parents=True)
@@ -386,7 +398,7 @@ class DatasetWriter:
 
 
 class FileServer:
-    """Serves folders by HTTP, parts of files too, as object stores do.
+    """Serves folders over HTTP, parts of files too, as object stores do.
 
     Attributes:
         requests: The first line of each request so far.
@@ -434,7 +446,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class BatchRecorder(pl.LightningModule):
-    """Records the batches that it is given, and saves them for each process if given a folder.
+    """Records its batches; with a folder, each process saves them there.
 
     Attributes:
         seen: The training batches.
@@ -467,7 +479,7 @@ class BatchRecorder(pl.LightningModule):
 
 
 def make_data_trainer(folder: Path | None = None, **kwargs: Any) -> pl.Trainer:
-    """A quiet trainer that also validates, as by default."""
+    """A quiet trainer that also validates, as trainers do by default."""
     return make_trainer(folder, **{"limit_val_batches": 1.0, "num_sanity_val_steps": 2} | kwargs)
 
 
@@ -478,11 +490,20 @@ def record_fit(
     ckpt_path: Path | None = None,
     **kwargs: Any,
 ) -> BatchRecorder:
-    """Records two epochs, from a checkpoint if given; saves a checkpoint every so many steps."""
-    model, callbacks = BatchRecorder(folder), []
+    """Records the batches of two epochs.
+
+    Args:
+        folder: Where checkpoints go.
+        data_module: The data.
+        every: Number of steps from one checkpoint to the next; None for no checkpoints.
+        ckpt_path: The checkpoint to resume from.
+        **kwargs: Other arguments of the trainer.
+    """
+    model = BatchRecorder(folder)
+    callbacks: list[pl.Callback] = []
     if every:
-        options = {"save_top_k": -1, "every_n_train_steps": every}
-        callbacks = [pl.callbacks.ModelCheckpoint(folder, "{step}", **options)]
+        keep_all = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=every)
+        callbacks.append(keep_all)
     trainer = make_data_trainer(
         max_epochs=2, callbacks=callbacks, enable_checkpointing=bool(callbacks), **kwargs
     )
@@ -491,9 +512,10 @@ def record_fit(
 
 
 def flat(batches: Iterable[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Images and labels of batches in one list."""
+    """The images and labels of all batches in one list."""
     return [tensor for batch in batches for tensor in batch]
 
 
-def same_tensors(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def same_tensors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether all tensors are equal."""
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))

@@ -1,14 +1,11 @@
-"""Small trained elastic nets, onnxruntime, a stand-in for the Hub, and hostile image files."""
+"""Outputs of exported nets, made-up profiles, onnxruntime, and a stand-in for the Hub."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-import struct
-import zlib
-from functools import cache
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,26 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from teamnet_pl import ElasticNet
-from tests.helpers.nets import train
+from teamnet_pl import ElasticNet, TeammateConfig
+from teamnet_pl.deploy import Profile, Teammate
+from teamnet_pl.deploy.runtime.profile import ProfileRow
+from tests.helpers.nets import SHAPE, train
 
-# Elastic nets
-
-SHAPE = (3, 32, 32)
-"""The shape of an image of the nets above."""
+# Nets and their outputs
 
 
-def make_elastic(backbone: nn.Module, depths: Any, **kwargs: Any) -> ElasticNet:
-    """A net whose depths all differ, also in the statistics of their batch norms."""
-    net = ElasticNet(backbone, SHAPE, depths=depths, **kwargs)
-    train(net, batch_size=4)
-    return net.eval()
+def make_teammate(config: TeammateConfig, *args: Any) -> Teammate:
+    """A Teammate for digits, whose depths all differ, also in the statistics of batch norm.
+
+    Args:
+        config: Its config.
+        *args: What it knows besides: preprocessing, classes, accuracies and their split.
+    """
+    teammate = Teammate(10, (1, 8, 8), config, *args)
+    train(teammate, batch_size=4)
+    return teammate.eval()
 
 
 def make_images(count: int = 3, seed: int = 0) -> Tensor:
+    """Images for `make_elastic`."""
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,10 +47,32 @@ def logits_at(net: ElasticNet, depth: Any, batch: Tensor) -> Tensor:
     return logits
 
 
+def profile_row(
+    depth: str = "d1",
+    batch_size: int = 1,
+    median_ms: float = 1.0,
+    accuracy: float | None = None,
+) -> ProfileRow:
+    """A row of a made-up profile."""
+    return ProfileRow(depth, [1], 10, 5, batch_size, median_ms, 2 * median_ms, 7, accuracy)
+
+
+def make_profile(milliseconds: Mapping[str, float]) -> Profile:
+    """A made-up profile of the given latency of each depth."""
+    rows = [profile_row(depth, median_ms=median_ms) for depth, median_ms in milliseconds.items()]
+    return Profile("cpu", "a machine", 1, rows)
+
+
 # onnxruntime
 
 
 def onnx_session(path: Path, **options: Any) -> Any:
+    """A session of onnxruntime on one thread.
+
+    Args:
+        path: The file.
+        **options: Of the session.
+    """
     onnxruntime = pytest.importorskip("onnxruntime")
     session_options = onnxruntime.SessionOptions()
     for name, value in ({"intra_op_num_threads": 1} | options).items():
@@ -60,7 +83,13 @@ def onnx_session(path: Path, **options: Any) -> Any:
 
 
 def run_onnx(path: Any, batch: Tensor, **inputs: Any) -> Tensor:
-    """Logits that onnxruntime computes, from a path or a session."""
+    """The logits that onnxruntime computes.
+
+    Args:
+        path: The file, or a session.
+        batch: Images.
+        **inputs: Other inputs of the net.
+    """
     session = path if hasattr(path, "run") else onnx_session(path)
     arrays = {"images": batch.numpy()} | {name: np.array(value) for name, value in inputs.items()}
     return torch.from_numpy(session.run(None, arrays)[0])
@@ -70,7 +99,7 @@ def run_onnx(path: Any, batch: Tensor, **inputs: Any) -> Tensor:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """A server on this machine that does as much of the Hub as a push and a pull need.
+    """A server on this machine that can do as much of the Hub as a push and a pull need.
 
     Attributes:
         url: Its address.
@@ -148,48 +177,3 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Logs nothing."""
-
-
-# Image files
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """The content of an image file."""
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-@cache
-def hostile_files() -> dict[str, bytes]:
-    """Contents of files that are damaged, too large or not images, by a name."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    png, jpeg = encoded(picture, "PNG"), encoded(picture, "JPEG")
-    return {
-        "nothing": b"",
-        "text": b"no image",
-        "zeros": bytes(1000),
-        "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(rm) run\n",
-        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
-        "header": png[:20],
-        "truncated png": png[: len(png) // 2],
-        "truncated jpeg": jpeg[: len(jpeg) // 2],
-        "damaged png": png[:200] + b"\0" * 100 + png[300:],
-        "bomb": _bomb(60_000),
-        "large": _bomb(4097),
-    }
-
-
-def _bomb(side: int) -> bytes:
-    """A PNG whose header claims a large image, with next to nothing in it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(side))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )

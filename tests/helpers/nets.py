@@ -1,4 +1,4 @@
-"""Small nets, and the plain nets that elastic nets are compared with."""
+"""Small nets, elastic nets, and the plain nets that elastic nets are compared with."""
 
 from __future__ import annotations
 
@@ -15,29 +15,43 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.models.convnext import LayerNorm2d
 
 from teamnet_pl.backbones import CifarResNet
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import DepthSpec, ElasticNet
 from teamnet_pl.elastic.net import DepthLike
 
-# Nets of the libraries, for images of 32² and 5 classes
+# Nets of the libraries, for images of 32² and 5 classes, by the layers of each stage
+
+SHAPE = (3, 32, 32)
+"""The shape of their images."""
 
 
-def basic_resnet(layers: Sequence[int], **kwargs: Any) -> nn.Module:
-    """torchvision's, as ResNet-18 and -34."""
-    return tv.ResNet(tv.resnet.BasicBlock, layers, num_classes=5, **kwargs)
+def basic_resnet(layers: Sequence[int]) -> Any:
+    """A ResNet of torchvision, with the blocks of ResNet-18 and -34."""
+    return tv.ResNet(tv.resnet.BasicBlock, layers, num_classes=5)
 
 
-def resnet(layers: Sequence[int]) -> nn.Module:
-    """torchvision's with bottlenecks, as ResNeXt-50."""
+def resnet(layers: Sequence[int]) -> Any:
+    """A ResNet of torchvision, with bottlenecks as in ResNeXt-50."""
     return tv.ResNet(tv.resnet.Bottleneck, layers, num_classes=5, groups=4, width_per_group=2)
 
 
-def convnext(layers: Sequence[int]) -> nn.Module:
-    """timm's."""
-    return timm.models.ConvNeXt(depths=layers, dims=(8, 12, 16, 20), num_classes=5)
+def convnext(layers: Sequence[int]) -> Any:
+    """A ConvNeXt of timm."""
+    return timm.models.ConvNeXt(depths=tuple(layers), dims=(8, 12, 16, 20), num_classes=5)
 
 
-def vit(layers: int) -> nn.Module:
-    """timm's."""
+def torchvision_vit(layers: int) -> Any:
+    """A vision transformer of torchvision."""
+    return tv.VisionTransformer(32, 16, layers, 2, 16, 32, num_classes=5)
+
+
+def swin(layers: Sequence[int], **kwargs: Any) -> Any:
+    """A Swin transformer of torchvision."""
+    heads = [2**stage for stage in range(len(layers))]
+    return tv.SwinTransformer([4, 4], 8, layers, heads, [7, 7], num_classes=5, **kwargs)
+
+
+def vit(layers: int) -> Any:
+    """A vision transformer of timm."""
     return timm.models.VisionTransformer(
         img_size=32, patch_size=16, embed_dim=16, depth=layers, num_heads=2, num_classes=5
     )
@@ -48,7 +62,7 @@ def cifar(width: int, layers: int = 20) -> CifarResNet:
     return CifarResNet(layers, num_classes=5, in_channels=3, width=width)
 
 
-# A net of given blocks, for images of 8², and its parts
+# A net of given blocks, for images of 8² and 5 classes, and its parts
 
 
 class BlockNet(nn.Module):
@@ -75,7 +89,7 @@ class BlockNet(nn.Module):
 
 
 class Residual(nn.Module):
-    """A convolution, further layers behind it if there are any, and nothing after the addition."""
+    """A convolution and the given layers behind it; nothing follows the addition."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -117,7 +131,8 @@ class PostActivation(nn.Module):
         self.down = nn.Conv2d(channels, width, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.down(x) + self.norm(self.conv(x)))
+        shortcut: Tensor = self.down(x)
+        return F.relu(shortcut + self.norm(self.conv(x)))
 
 
 class PreActivation(nn.Module):
@@ -130,11 +145,13 @@ class PreActivation(nn.Module):
         self.down = nn.Conv2d(channels, width, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(x) + self.conv(F.relu(self.norm(x)))
+        shortcut: Tensor = self.down(x)
+        residual: Tensor = self.conv(F.relu(self.norm(x)))
+        return shortcut + residual
 
 
 class TinyResNet(nn.Module):
-    """Stages are given as (number of blocks, whether the first one downsamples)."""
+    """A ResNet; each stage is given as (number of blocks, whether the first one downsamples)."""
 
     def __init__(
         self,
@@ -161,7 +178,8 @@ class TinyResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(F.relu(self.norm(self.stem(x))))
-        return self.head(F.relu(self.last_norm(x)).mean((2, 3)))
+        logits: Tensor = self.head(F.relu(self.last_norm(x)).mean((2, 3)))
+        return logits
 
 
 class Attention(nn.Module):
@@ -180,7 +198,7 @@ class Attention(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """Its blocks are in a list, so its own forward calls them."""
+    """A transformer whose blocks are in a list, so that its own forward calls them."""
 
     def __init__(self, num_blocks: int, num_classes: int = 5) -> None:
         super().__init__()
@@ -193,7 +211,8 @@ class TinyTransformer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x).mean(1))
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits
 
 
 TWO_STAGES = ((2, False), (2, True))
@@ -221,8 +240,8 @@ def make_backbone(
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 1.5)
+                nn.init.normal_(module.get_buffer("running_mean"))
+                nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
     return net.double()
 
 
@@ -247,6 +266,22 @@ class Skipped(nn.Module):
         return features
 
 
+def make_elastic(
+    backbone: nn.Module, depths: DepthSpec, shape: tuple[int, int, int] = SHAPE, **kwargs: Any
+) -> ElasticNet:
+    """A net whose depths all differ, also in the statistics of their batch norms.
+
+    Args:
+        backbone: The backbone.
+        depths: Its depths.
+        shape: The shape of an image.
+        **kwargs: Other arguments of the net.
+    """
+    net = ElasticNet(backbone, shape, depths=depths, **kwargs)
+    train(net)
+    return net.eval()
+
+
 def plain_at(backbone: nn.Module, net: ElasticNet, depth: DepthLike) -> nn.Module:
     """The truth: a copy of a backbone in which the blocks that a depth skips do nothing.
 
@@ -264,11 +299,12 @@ def plain_at(backbone: nn.Module, net: ElasticNet, depth: DepthLike) -> nn.Modul
 
 
 def train(net: ElasticNet, steps: int = 2, batch_size: int = 3) -> None:
-    """Some packed steps, after which every depth has statistics of its own."""
+    """Takes a few packed steps, after which every depth has statistics of its own."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(batch_size, *net.input_shape, generator=generator)
         optimizer.zero_grad()
-        net.train().packed(images.to(next(net.parameters()))).square().mean().backward()
+        loss: Any = net.train().packed(images.to(next(net.parameters()))).square().mean()
+        loss.backward()
         optimizer.step()

@@ -1,6 +1,92 @@
-"""Config and user code of small runs of the command line."""
+"""The command line in small runs: its config, what it logs, its errors, and a user's own code."""
 
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from teamnet_pl.cli import main
+
+CHECKPOINTS = "logs/version_0/checkpoints"
+BEST = f"{CHECKPOINTS}/best.ckpt"
+LAST = f"{CHECKPOINTS}/last.ckpt"
+"""Where the first run in a folder puts its checkpoints."""
+
+
+class CommandLine:
+    """Runs the command line in a folder, on tiny nets unless told otherwise.
+
+    Attributes:
+        config: The config file of the tiny nets.
+    """
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+
+    def __call__(self, folder: Path, subcommand: str, *args: object, tiny: bool = True) -> None:
+        config = ["--config", str(self.config)] if tiny else []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            main([subcommand, *config, *map(str, args)])
+
+
+def teamnet_command(*args: object) -> list[str]:
+    """The command line as the command of a new process."""
+    return [sys.executable, "-m", "teamnet_pl", *map(str, args)]
+
+
+def error_of(
+    capsys: pytest.CaptureFixture[str], run: Callable[..., object], *args: Any, **kwargs: Any
+) -> str:
+    """Runs a command that fails; returns its error message, without line breaks.
+
+    The exit status must be 2, and there must be no traceback.
+    """
+    with pytest.raises(SystemExit) as ending:
+        run(*args, **kwargs)
+    assert ending.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in message
+    return message
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    """The rows of a CSV file, by column."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logged_rows(folder: Path, version: int | str = "*") -> list[dict[str, str]]:
+    """The rows of the CSV log of a run in a folder, by default of its only one."""
+    (path,) = folder.glob(f"logs/version_{version}/metrics.csv")
+    return read_csv(path)
+
+
+def logged_metrics(folder: Path, version: int | str = "*") -> dict[str, float]:
+    """The last value of each metric in the CSV log of a run."""
+    metrics: dict[str, float] = {}
+    for row in logged_rows(folder, version):
+        metrics |= {name: float(value) for name, value in row.items() if value}
+    return metrics
+
+
+def of_split(metrics: dict[str, float], split: str) -> dict[str, float]:
+    """The metrics of one split, such as ``val``."""
+    return {name: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+
+
+def saved_config(folder: Path, version: int | str = "*") -> dict[str, Any]:
+    """The config that a run in a folder has saved, by default its only one."""
+    (path,) = folder.glob(f"logs/version_{version}/config.yaml")
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    return config
+
 
 TINY = (Path(__file__).parents[2] / "benchmarks" / "tiny.yaml").read_text()
 
@@ -18,7 +104,7 @@ class FewDigits(Digits):
 
 
 class PoisonedDigits(Digits):
-    """An image of the second training batch of the last process is NaN."""
+    """The last process has NaN in an image of its second training batch."""
 
     batches = 0
 

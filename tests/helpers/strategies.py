@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -11,8 +11,8 @@ from teamnet_pl.elastic import DepthSpec
 
 
 @st.composite
-def depth_specs(draw: Callable, sizes: Sequence[int]) -> DepthSpec:
-    """Depths of a net with stages of some sizes, in each form in which they can be given."""
+def depth_specs(draw: st.DrawFn, sizes: Sequence[int]) -> DepthSpec:
+    """Depths of a net with stages of the given sizes, in each form that a user can choose."""
     total = sum(sizes)
     form = draw(st.sampled_from(["number", "counts", "rows"]))
     if form == "number":

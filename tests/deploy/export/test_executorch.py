@@ -4,12 +4,12 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.deploy import logits_at, make_elastic, make_images
-from tests.helpers.nets import cifar
+from tests.helpers.deploy import logits_at, make_images
+from tests.helpers.nets import cifar, make_elastic
 
 pytest.importorskip("executorch")
 
-# In a separate process: ExecuTorch emits warnings that we cannot fix.
+# In a separate process, because ExecuTorch emits warnings that cannot be fixed here.
 SAVE = """
 import torch
 from teamnet_pl.deploy import save_executorch
@@ -30,7 +30,7 @@ for name, (image, logits) in torch.load("expected.pt").items():
 
 
 @pytest.mark.slow
-def test_each_depth(tmp_path):
+def test_each_depth_runs_in_executorch(tmp_path):
     net = make_elastic(cifar(4), [7, 3])
     torch.save(net, tmp_path / "net.pt")
     image = make_images(1)

@@ -12,8 +12,7 @@ from teamnet_pl.data import Digits
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy import Teammate, export_files, onnx_accuracy
 from teamnet_pl.elastic import depth_costs
-from tests.helpers.deploy import logits_at, run_onnx
-from tests.helpers.nets import train
+from tests.helpers.deploy import logits_at, make_teammate, run_onnx
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -25,10 +24,7 @@ CLASSES = [f"digit {digit}" for digit in range(10)]
 @pytest.fixture(scope="module")
 def teammate():
     config = TeammateConfig(options={"width": 4}, depths=[[3, 2, 2], [2, 1, 1]])
-    net = Teammate(10, (1, 8, 8), config, PREPROCESSING, CLASSES, {"d7": 0.75}, "val")
-    train(net, batch_size=4)
-    net.eval()
-    return net
+    return make_teammate(config, PREPROCESSING, CLASSES, {"d7": 0.75}, "val")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def test_some_depths(teammate, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"d4.safetensors", "manifest.json"}
 
 
-def test_8_bits(teammate, tmp_path):
+def test_8_bit_files_and_their_accuracy(teammate, tmp_path):
     data = Digits(batch_size=32)
     manifest = export_files(teammate, tmp_path, ["onnx_int8", "onnx"], [4], data)
     (depth,) = manifest["depths"]
@@ -141,8 +137,8 @@ def test_mistakes_are_reported_before_a_file_is_written(teammate, tmp_path, argu
 
 
 @pytest.mark.fault(
-    "a library that an export needs is not installed",
-    "an error that names the extra, before a file is written",
+    "a missing library that an export needs",
+    "The error names the extra to install; no file is written.",
 )
 @pytest.mark.parametrize(
     ("kind", "library", "extra"),

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from teamnet_pl.deploy import onnx_accuracy, save_onnx, save_onnx_int8
-from tests.helpers.deploy import logits_at, make_elastic, make_images, run_onnx
-from tests.helpers.nets import cifar, convnext
+from tests.helpers.deploy import logits_at, make_images, run_onnx
+from tests.helpers.nets import cifar, convnext, make_elastic
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -22,7 +22,7 @@ def files(request, tmp_path_factory):
     return net, folder / "float.onnx", folder / "int8.onnx"
 
 
-def test_close_to_the_source(files):
+def test_logits_are_close_to_those_of_the_source(files):
     net, _, int8 = files
     for count in (1, 5):
         batch = make_images(count, seed=7)

@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from teamnet_pl.deploy import save_onnx, save_onnx_all_depths
-from tests.helpers.deploy import logits_at, make_elastic, make_images, onnx_session, run_onnx
-from tests.helpers.nets import cifar, convnext, vit
+from tests.helpers.deploy import logits_at, make_images, onnx_session, run_onnx
+from tests.helpers.nets import cifar, convnext, make_elastic, vit
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -108,7 +108,7 @@ def optimized(path):
 
 
 def test_onnxruntime_optimizes_a_depth_as_in_a_separate_file(net, files):
-    """So it is as fast."""
+    """So that it is as fast."""
     choice, *branches = optimized(files / "all.onnx")
     assert choice == {"Less": 1, "If": 1}
     separate = [optimized(files / f"{depth}.onnx") for depth in net.depths]

@@ -7,8 +7,8 @@ from torch import nn
 
 from teamnet_pl.deploy import save_program
 from teamnet_pl.optional import require
-from tests.helpers.deploy import logits_at, make_elastic, make_images
-from tests.helpers.nets import cifar
+from tests.helpers.deploy import logits_at, make_images
+from tests.helpers.nets import cifar, make_elastic
 
 
 def test_program_of_any_batch_size(tmp_path):

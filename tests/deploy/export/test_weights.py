@@ -4,8 +4,8 @@ from safetensors.torch import load_file, load_model
 
 from teamnet_pl import ElasticNet
 from teamnet_pl.deploy import save_weights
-from tests.helpers.deploy import logits_at, make_elastic, make_images
-from tests.helpers.nets import cifar, convnext, resnet, vit
+from tests.helpers.deploy import logits_at, make_images
+from tests.helpers.nets import SHAPE, cifar, convnext, make_elastic, resnet, vit
 
 # A builder and its layers; the blocks that a depth keeps; the layers of that depth.
 NETS = {
@@ -20,7 +20,7 @@ NETS = {
     [pytest.param(*values, id=name) for name, values in NETS.items()],
 )
 def test_weights_load_into_a_net_of_just_that_depth(tmp_path, build, layers, kept, kept_layers):
-    full = ElasticNet(build(layers), (3, 32, 32), depths=2).stages
+    full = ElasticNet(build(layers), SHAPE, depths=2).stages
     net = make_elastic(build(layers), [full, kept])
     shallow = net.depths[1]
     path = tmp_path / "weights.safetensors"

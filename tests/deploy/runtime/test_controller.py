@@ -20,11 +20,11 @@ def expected_ms(depth, batch_size):
 
 
 class Machine:
-    """Runs one request after another on its own clock.
+    """A made-up machine that runs one request after another on its own clock.
 
     Args:
-        bias: 0 if load slows down all depths alike; above 0, deep ones more than shallow ones.
-        noise: Largest share by which a run takes longer or shorter.
+        bias: 0 if load slows all depths down alike; above 0 it slows deep ones down more.
+        noise: The largest relative change of a run's latency.
     """
 
     def __init__(self, budget_ms, bias=0.0, noise=0.0, seed=0, **options):
@@ -52,22 +52,22 @@ class Machine:
         return [self.request(load) for _ in range(round(seconds / PERIOD))]
 
     def deepest(self, load, headroom=0.1):
-        """The depth to choose if the load is known."""
+        """The deepest depth within budget for a known load."""
         allowed = self.budget_ms * (1 - headroom)
         return next((d for d in DEPTHS if self.latency_ms(d, load) <= allowed), DEPTHS[-1])
 
 
-def depths(done):
-    return [depth for depth, _ in done]
+def depths(requests):
+    return [depth for depth, _ in requests]
 
 
-def misses(done):
-    return sum(not in_time for _, in_time in done)
+def misses(requests):
+    return sum(not in_time for _, in_time in requests)
 
 
-def rises(done):
+def rises(requests):
     """How often the depth became deeper."""
-    return sum(PROFILED[b] > PROFILED[a] for a, b in pairwise(depths(done)))
+    return sum(PROFILED[after] > PROFILED[before] for before, after in pairwise(depths(requests)))
 
 
 loads = st.floats(1, 4)
@@ -75,7 +75,7 @@ budgets = st.floats(13.5, 60)  # between the latencies of d0 and of d7 at a load
 
 
 @pytest.mark.parametrize(("budget", "depth"), [(100, "d7"), (11, "d5"), (7, "d2"), (4, "d0")])
-def test_the_deepest_that_fits(budget, depth):
+def test_the_deepest_depth_that_fits_runs(budget, depth):
     machine = Machine(budget)
     machine.request(1)
     assert machine.controller.choose(budget) == depth
@@ -100,13 +100,13 @@ def test_a_typical_run_takes_less_than_the_estimate():
     assert machine.controller.typical_share == pytest.approx(1)
 
 
-def test_shallowest_while_nothing_is_known():
+def test_the_shallowest_depth_runs_until_a_latency_is_known():
     machine = Machine(1000)
     assert machine.controller.slowdown == math.inf
     assert machine.controller.choose(1e9) == "d0"
 
 
-def test_shallowest_if_none_fits():
+def test_the_shallowest_depth_runs_if_none_fits():
     machine = Machine(1)
     assert depths(machine.run(2, 5)) == ["d0"] * 100
 
@@ -118,7 +118,7 @@ def test_steps_down_at_the_second_slow_request_and_back_late():
     assert slow[:4] == ["d7", "d7", "d2", "d2"]
     assert set(slow[2:]) == {"d2"}
     back = depths(machine.run(1, 20))
-    # 19 requests until all but one in the window are fast, a second of waiting, then steps.
+    # After 19 requests all but one in the window are fast; a second of waiting precedes each step.
     assert set(back[:20]) == {"d2"}
     assert back[-1] == "d7"
     assert rises([(d, True) for d in back]) <= 2
@@ -164,25 +164,25 @@ def test_a_lull_shorter_than_the_wait_changes_nothing():
     machine = Machine(60)
     for _ in range(20):
         machine.run(2, 0.1)
-        machine.run(1, 1.2)  # the window forgets after 19 of the 24, so this is a lull of 1/4 s
+        machine.run(1, 1.2)  # the window has forgotten after 19 of 24 requests: a lull of 1/4 s
         assert machine.controller.slowdown == pytest.approx(2)
 
 
 def probes(machine, load, seconds):
-    """Times at which the depth became deeper."""
-    begin, done = machine.now, machine.run(load, seconds)
-    pairs = enumerate(pairwise(depths(done)), 1)
+    """The times at which the depth became deeper."""
+    begin, requests = machine.now, machine.run(load, seconds)
+    pairs = enumerate(pairwise(depths(requests)), 1)
     return [begin + i * PERIOD for i, (a, b) in pairs if PROFILED[b] > PROFILED[a]]
 
 
 def test_failing_attempts_become_rare():
-    """Load slows down d5 so much more than d2 that after runs at d2 d5 seems to fit."""
+    """Load slows d5 down so much more than d2 that d5 seems to fit after runs at d2."""
     machine = Machine(14, bias=2)
-    at = probes(machine, 3, 200)
-    gaps = [b - a for a, b in pairwise(at)]
+    times = probes(machine, 3, 200)
+    gaps = [b - a for a, b in pairwise(times)]
     assert all(b > a for a, b in pairwise(gaps[:4]))
     assert min(gaps[4:]) >= 16
-    assert len(at) > 8  # but they never end
+    assert len(times) > 8  # but they never end
 
 
 def test_a_lasting_return_makes_the_next_one_fast_again():
@@ -190,9 +190,9 @@ def test_a_lasting_return_makes_the_next_one_fast_again():
     machine.run(3, 200)
     machine.run(1, 120)
     machine.run(3, 0.5)
-    at = probes(machine, 1, 20)
+    times = probes(machine, 1, 20)
     assert machine.controller.choose(14) == "d7"
-    assert at[-1] - at[0] < 10
+    assert times[-1] - times[0] < 10
 
 
 def test_a_faster_machine_than_the_profiled_one():
@@ -206,8 +206,8 @@ def test_a_faster_machine_than_the_profiled_one():
 def test_only_a_rise_of_the_load_costs_requests_and_only_two(pattern, budget):
     machine = Machine(budget)
     for before, load in zip([0, *pattern], pattern, strict=False):
-        done = machine.run(load, 10)
-        assert misses(done) <= (2 if load > before else 0)
+        requests = machine.run(load, 10)
+        assert misses(requests) <= (2 if load > before else 0)
 
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets, st.floats(0, 1), st.integers(0, 99))
@@ -221,18 +221,18 @@ def test_95_of_100_are_in_time(pattern, budget, bias, seed):
 @given(loads, budgets, st.floats(0, 2), st.floats(0, 0.3), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
-    """However wrong one slowdown for all depths is, and however noisy the machine."""
+    """Even if one slowdown does not fit all depths, and on a noisy machine."""
     machine = Machine(budget, bias, noise, seed)
-    done = machine.run(load, 200)
-    # Waits of 1, 2, 4 and 8 seconds, then of 16 each; a new low may start this again.
-    assert rises(done) <= 2 * (4 + 200 / 16)
-    assert rises(done[len(done) // 2 :]) <= 4 + 100 / 16
+    requests = machine.run(load, 200)
+    # Waits of 1, 2, 4 and 8 seconds, then of 16 seconds; a new minimum may restart the sequence.
+    assert rises(requests) <= 2 * (4 + 200 / 16)
+    assert rises(requests[len(requests) // 2 :]) <= 4 + 100 / 16
 
 
 @given(loads, budgets, st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
 def test_no_thrash_if_the_remaining_budget_varies(load, budget, seed):
-    """By less than the headroom, since reading the images takes longer or shorter."""
+    """By less than the headroom, because the time to read the images varies."""
     machine = Machine(budget)
     machine.run(load, 5)
     left = random.Random(seed)
@@ -252,7 +252,7 @@ def test_the_depth_returns_when_the_load_ends(load, budget, bias):
 @given(st.lists(loads, min_size=1, max_size=6), budgets)
 @settings(max_examples=50, deadline=None)
 def test_steady_state_is_the_best_choice_for_the_known_load(pattern, budget):
-    """Apart from the headroom, which the last depth does not need, and the dead band."""
+    """Except for the headroom, which the current depth does not need, and the dead band."""
     machine = Machine(budget)
     for load in pattern:
         machine.run(load, 60)
@@ -287,7 +287,7 @@ def test_no_depths():
 
 
 def test_the_wait_of_every_call_is_overhead_and_more_is_delay():
-    """Reading takes 2 ms of work, and 30 ms of waiting for a disk."""
+    """Reading takes 2 ms of work and 30 ms of waiting for a disk."""
     overhead = OverheadEstimator()
     assert overhead.split(elapsed_ms=32, cpu_ms=2) == (32, 0)
     assert overhead.split(elapsed_ms=40, cpu_ms=2) == (32, 8)  # another process had the core

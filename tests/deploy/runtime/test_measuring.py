@@ -6,8 +6,8 @@ from torch import nn
 from teamnet_pl.deploy.runtime.measuring import peak_bytes, profile_depths, run_timed
 
 
-class Slow(nn.Module):
-    """Counts its runs."""
+class BatchRecorder(nn.Module):
+    """Records the sizes of its batches."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Slow(nn.Module):
 
 def test_every_depth_at_every_batch_size(team):
     net = team.teammates["a"]
-    views = {depth.name: Slow() for depth in net.depths}
+    views = {depth.name: BatchRecorder() for depth in net.depths}
     profile = profile_depths(net, views, batch_sizes=[4, 1, 4], runs=3)
     assert [(row.depth, row.batch_size) for row in profile.rows] == [
         (depth.name, size) for size in (1, 4) for depth in net.depths
@@ -29,7 +29,7 @@ def test_every_depth_at_every_batch_size(team):
     assert profile.depths == [depth.name for depth in net.depths]
     assert (profile.device, profile.threads) == ("cpu", torch.get_num_threads())
     for view in views.values():
-        # Two runs to warm up, three that count, and one that measures the memory.
+        # Two runs to warm up, three that are timed, and one for the peak memory.
         assert view.batches == [1] * 6 + [4] * 6
     for row in profile.rows:
         assert 0 < row.median_ms <= row.p95_ms
@@ -48,7 +48,7 @@ def test_times_are_those_of_the_runs(team, monkeypatch):
     assert (profile.rows[0].median_ms, profile.rows[0].p95_ms) == (51, 96)
 
 
-def test_run_is_timed_and_gives_probabilities():
+def test_a_run_returns_its_time_and_probabilities():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).to(torch.bfloat16)
     images = torch.rand(2, 1, 2, 2)
     probabilities, latency_ms = run_timed(net, images)
@@ -65,11 +65,11 @@ def test_peak_memory_by_hand():
             return peak_bytes(partial(nn.Sequential(*layers), images), torch.device("cpu"))
 
     images = torch.randn(8, 100)
-    # 8 rows of float32: the input and the output of ReLU.
+    # 8 rows of float32: the input and the output of the ReLU.
     assert peak(nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)) == 4 * 8 * 2000
-    # In place there is only one, besides the output of the last layer.
+    # In place they are the same, and the output of the last layer is beside them.
     assert peak(nn.Linear(100, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10)) == 4 * 8 * 1010
-    assert peak(Slow()) == 4 * 8 * 2
+    assert peak(BatchRecorder()) == 4 * 8 * 2
 
 
 def test_peak_memory_of_a_training_step_by_hand():
@@ -83,6 +83,6 @@ def test_peak_memory_of_a_training_step_by_hand():
         features.sum().backward()
 
     kept, gradient = 5 * 8 * 100, 100 * 100
-    # Besides the kept outputs: the gradient so far, that of one more use, and their sum.
+    # Beside the kept outputs: the gradient so far, that of one more use, and their sum.
     peak = peak_bytes(step, torch.device("cpu")) / 4
     assert kept + 3 * gradient <= peak < kept + 3 * gradient + 8 * 100

@@ -14,7 +14,8 @@ from teamnet_pl.deploy import Teammate
 from teamnet_pl.deploy.runtime import predictor as module
 from teamnet_pl.deploy.runtime.predictor import Predictor
 from teamnet_pl.deploy.runtime.preprocessing import Preprocessing
-from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
+from teamnet_pl.deploy.runtime.profile import Profile
+from tests.helpers.deploy import make_profile
 from tests.helpers.teams import assert_same_state
 
 MILLISECONDS = {"d7": 10.0, "d4": 6.0, "d0": 2.0}
@@ -32,8 +33,7 @@ def net_a(checkpoint):
 
 @pytest.fixture(scope="module")
 def profile():
-    rows = [ProfileRow(name, [1], 1, 1, 1, ms, ms, 0) for name, ms in MILLISECONDS.items()]
-    return Profile("cpu", "a machine", 1, rows)
+    return make_profile(MILLISECONDS)
 
 
 def depth_of(view):
@@ -41,7 +41,7 @@ def depth_of(view):
 
 
 class Machine:
-    """A made-up machine with its own clock; a run takes its profiled time, times the slowdown."""
+    """A made-up machine with its own clock; a run takes its profiled time times the slowdown."""
 
     def __init__(self):
         self.slowdown = 1
@@ -76,7 +76,7 @@ def timed(machine, net_a, predictor, profile, monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(digits):
-    """Raw images, as a user has them who knows nothing about the training."""
+    """Raw images, as a user has them."""
     return [digits.test_set.dataset[i][0] for i in range(8)]
 
 
@@ -86,12 +86,12 @@ def normalized(digits):
 
 
 def expected(team, depth, normalized, teammate="a"):
-    """The output of a depth's plain net for the images as the training prepares them."""
+    """The output of the plain net of a depth for images normalized as in training."""
     with torch.no_grad():
         return team.teammates[teammate].extract(depth).eval()(normalized).softmax(-1)
 
 
-def test_each_depth_is_the_extracted_net(predictor, team, images, normalized):
+def test_each_depth_matches_the_extracted_net(predictor, team, images, normalized):
     assert predictor.depths == ("d7", "d4", "d0")
     for depth in predictor.depths:
         prediction = predictor.predict(images, depth=depth)
@@ -102,7 +102,7 @@ def test_each_depth_is_the_extracted_net(predictor, team, images, normalized):
         assert prediction.latency_ms > 0
 
 
-def test_a_net_that_was_training(checkpoint, team, images, normalized):
+def test_a_net_in_training_mode(checkpoint, team, images, normalized):
     preprocessing = Predictor.from_checkpoint(checkpoint).preprocessing
     predictor = Predictor(Teammate.from_checkpoint(checkpoint).train(), preprocessing)
     truth = expected(team, "d7", normalized)
@@ -115,7 +115,7 @@ def test_the_other_teammate(checkpoint, team, images, normalized):
     torch.testing.assert_close(prediction.probabilities, truth, rtol=1e-4, atol=1e-6)
 
 
-def test_budget_of_arithmetic(predictor, images):
+def test_budget_of_multiply_accumulates(predictor, images):
     costs = predictor.macs
     assert predictor.predict(images, macs=costs["d7"]).depth == "d7"
     assert predictor.predict(images, macs=costs["d7"] - 1).depth == "d4"
@@ -124,12 +124,12 @@ def test_budget_of_arithmetic(predictor, images):
         predictor.predict(images, macs=costs["d0"] - 1)
 
 
-def test_deepest_without_a_budget(predictor, images):
+def test_the_deepest_depth_runs_without_a_budget(predictor, images):
     assert predictor.predict(images).depth == "d7"
 
 
 def test_budget_of_time(machine, timed, images):
-    # Ten per cent stay free, unless the last depth fits.
+    # Ten percent stay free, except at the depth that already runs.
     depths = {b: timed.predict(images[0], budget_ms=b).depth for b in (12, 11, 7, 6, 5.9, 1)}
     assert depths == {12: "d7", 11: "d7", 7: "d4", 6: "d4", 5.9: "d0", 1: "d0"}
     assert timed.predict(images, budget_ms=72).depth == "d4"  # 8 images take 48, or 80
@@ -157,10 +157,10 @@ def test_preprocessing_is_part_of_the_budget(machine, timed, images):
 
 
 class SharedCore:
-    """A predictor on a core of which another process, if busy, gets every other time slice.
+    """A predictor on a core on which another process, if busy, gets every other time slice.
 
-    The latency of a call depends on how many slices interrupt it, and so on its length. The times
-    are those of a ResNet-50 beside a process that counts, in milliseconds.
+    The latency of a call depends on the number of slices that interrupt it, and so on its length.
+    The times, in milliseconds, are those of a ResNet-50 beside a process that counts.
     """
 
     READING, SLICE = 0.4, 4.0
@@ -173,12 +173,10 @@ class SharedCore:
         self.disk = disk
         self.random = random.Random(seed)
         patch.setattr(module, "run_timed", self.run)
-        rows = [ProfileRow(name, [1], 1, 1, 1, ms, ms, 0) for name, ms in self.RUNS.items()]
-        profile = Profile("cpu", "a machine", 1, rows)
         self.predictor = Predictor(
             net,
             Preprocessing((1, 8, 8), [0], [1]),
-            profile=profile,
+            profile=make_profile(self.RUNS),
             clock=lambda: self.now / 1000,
             cpu_clock=lambda: self.worked / 1000,
         )
@@ -205,7 +203,7 @@ class SharedCore:
         return images, self.now - begin
 
     def calls(self, seconds, budget_ms):
-        """Depths of calls without a pause, and the 95th percentile of their latency."""
+        """The depths of calls without a pause, and the 95th percentile of their latency."""
         end, done = self.now + 1000 * seconds, []
         while self.now < end:
             done.append(self.predictor.predict(torch.zeros(1), budget_ms=budget_ms))
@@ -218,7 +216,9 @@ def net_b(checkpoint):
     return Teammate.from_checkpoint(checkpoint, "b")
 
 
-@pytest.mark.fault("another process takes every other time slice", "the depth follows and stays")
+@pytest.mark.fault(
+    "another process that takes every other time slice", "The depth adapts and then stays."
+)
 @given(st.floats(25, 60), st.integers(0, 99))
 @example(32.5, 3)
 @example(33.0, 3)
@@ -235,13 +235,13 @@ def test_no_thrash_beside_a_process_that_takes_every_other_time_slice(net_b, bud
         core.busy = False
         depths, p95_ms = core.calls(20, budget_ms)
         assert p95_ms <= budget_ms
-        # Apart from the headroom and the dead band of the slowdown.
+        # Except for the headroom and the dead band of the slowdown.
         fits = [ms for ms in core.RUNS.values() if ms <= 0.8 * (budget_ms - core.READING)]
         assert core.RUNS[depths[-1]] >= max(fits)
 
 
 def test_a_delay_while_images_are_read_is_slowdown(net_b):
-    """So the 95th percentile is in time even if the other process only delays the reading."""
+    """So that the 95th percentile stays within budget if only the reading is delayed."""
     with pytest.MonkeyPatch.context() as patch:
         core = SharedCore(net_b, patch, 0)
         core.calls(1, 100)
@@ -257,7 +257,7 @@ def test_a_delay_while_images_are_read_is_slowdown(net_b):
 
 
 def test_waiting_for_a_disk_is_not_slowdown(net_b):
-    """But it is part of each call: 23.7 ms fit into 60 - 30 ms, and not into 50 - 30 ms."""
+    """It is part of each call, though: 23.7 ms fit into 60 - 30 ms but not into 50 - 30 ms."""
     with pytest.MonkeyPatch.context() as patch:
         core = SharedCore(net_b, patch, 0, disk=30)
         assert core.calls(5, 60)[0][-1] == "d7"
@@ -282,8 +282,7 @@ def test_batch_sizes_that_are_calibrated(team, monkeypatch):
 
     def profile_depths(net, views, batch_sizes, runs):
         sizes.append(list(batch_sizes))
-        rows = [ProfileRow(depth, [1], 1, 1, 1, 5.0, 5.0, 0) for depth in views]
-        return Profile("cpu", "a machine", 1, rows)
+        return make_profile(dict.fromkeys(views, 5.0))
 
     monkeypatch.setattr(module, "profile_depths", profile_depths)
     preprocessing = Preprocessing((1, 8, 8), [0], [1])
@@ -300,7 +299,7 @@ def test_a_choice_of_depths(checkpoint, images):
 
 
 def test_weights_are_in_memory_once(predictor):
-    """Every tensor of one depth is a tensor of the other two."""
+    """All depths have the same tensors."""
     tensors = [
         {tensor.data_ptr() for tensor in view.state_dict().values() if tensor.numel()}
         for view in predictor._views.values()
@@ -311,13 +310,13 @@ def test_weights_are_in_memory_once(predictor):
 def test_threads_at_different_depths(predictor, team, images, normalized):
     truth = {depth: expected(team, depth, normalized) for depth in predictor.depths}
 
-    def ask(i):
+    def agrees(i):
         depth = predictor.depths[i % 3]
         prediction = predictor.predict(images, depth=depth)
         return torch.allclose(prediction.probabilities, truth[depth], rtol=1e-4, atol=1e-6)
 
     with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(ask, range(120)))
+        assert all(pool.map(agrees, range(120)))
 
 
 def test_files_and_pictures(predictor, tmp_path, images):
@@ -339,12 +338,14 @@ def test_files_and_pictures(predictor, tmp_path, images):
         ({"macs": 1, "budget_ms": 1}, "one of budget_ms, macs and depth"),
     ],
 )
-def test_budgets_that_make_no_sense(predictor, images, budgets, message):
+def test_invalid_budgets_are_refused(predictor, images, budgets, message):
     with pytest.raises(ValueError, match=message):
         predictor.predict(images, **budgets)
 
 
-@pytest.mark.fault("a profile of another net or device", "an error says of which")
+@pytest.mark.fault(
+    "a profile of another net or device", "The error names the device or the missing depths."
+)
 def test_profile_of_another_net_or_device(checkpoint, profile):
     other = Profile("cuda", "a machine", 1, profile.rows)
     with pytest.raises(ValueError, match="taken on cuda, the net is on cpu"):
@@ -370,14 +371,14 @@ def test_unknown_depths(team):
 # Loading
 
 
-def test_loaded_net_is_the_team_s(checkpoint, team):
+def test_the_loaded_net_matches_the_team(checkpoint, team):
     net = Teammate.from_checkpoint(checkpoint, "b")
     assert_same_state(net.state_dict(), team.teammates["b"].state_dict())
     assert not net.training
 
 
 def edited(checkpoint, folder, **changes):
-    """A checkpoint with changed entries; None removes one."""
+    """A checkpoint with changed entries; None removes an entry."""
     content = torch.load(checkpoint, weights_only=True) | changes
     path = folder / "edited.ckpt"
     torch.save({key: value for key, value in content.items() if value is not None}, path)
@@ -405,7 +406,7 @@ def test_not_a_checkpoint_of_a_team(checkpoint, tmp_path, missing, message):
         Teammate.from_checkpoint(edited(checkpoint, tmp_path, **{missing: None}))
 
 
-@pytest.mark.fault("a checkpoint whose weights do not fit its team", "an error that names the file")
+@pytest.mark.fault("a checkpoint whose weights do not fit its team", "The error names the file.")
 def test_weights_of_another_team(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)are not those of its team: .*Missing key"):
         Teammate.from_checkpoint(edited(checkpoint, tmp_path, state_dict={}))

@@ -8,13 +8,13 @@ from torchvision.transforms import v2
 
 from teamnet_pl.data.images import FORMATS
 from teamnet_pl.deploy.runtime.preprocessing import Preprocessing
-from tests.helpers.deploy import encoded, hostile_files
+from tests.helpers.images import encoded, hostile_files
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
 
 
 @pytest.fixture
-def pixels():
+def photos():
     """Two images, shape (N, H, W, C)."""
     return np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
 
@@ -24,21 +24,21 @@ def rgb():
     return Preprocessing((3, 4, 6), MEAN, STD)
 
 
-def by_hand(pixels):
-    return (pixels / 255 - np.array(MEAN)) / np.array(STD)
+def by_hand(images):
+    return (images / 255 - np.array(MEAN)) / np.array(STD)
 
 
-def test_every_way_to_pass_images(rgb, pixels, tmp_path):
-    pictures = [Image.fromarray(image) for image in pixels]
+def test_every_way_to_pass_images(rgb, photos, tmp_path):
+    pictures = [Image.fromarray(image) for image in photos]
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
-    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    channels_first = torch.from_numpy(photos).permute(0, 3, 1, 2)
     ways = [
-        pixels,
-        list(pixels),
-        pixels / 255,
-        (pixels / 255).astype(np.float32),
+        photos,
+        list(photos),
+        photos / 255,
+        (photos / 255).astype(np.float32),
         channels_first,
         list(channels_first),
         channels_first / 255,
@@ -47,20 +47,20 @@ def test_every_way_to_pass_images(rgb, pixels, tmp_path):
         tuple(pictures),
         paths,
         [str(path) for path in paths],
-        [pixels[0], paths[1]],
+        [photos[0], paths[1]],
     ]
-    expected = torch.from_numpy(by_hand(pixels)).permute(0, 3, 1, 2).float()
+    expected = torch.from_numpy(by_hand(photos)).permute(0, 3, 1, 2).float()
     for images in ways:
         batch = rgb(images)
         assert type(batch) is torch.Tensor
         torch.testing.assert_close(batch, expected, rtol=1e-5, atol=1e-5)
-    for single in (pixels[0], channels_first[0], pictures[0], paths[0], str(paths[0])):
+    for single in (photos[0], channels_first[0], pictures[0], paths[0], str(paths[0])):
         torch.testing.assert_close(rgb(single), expected[:1], rtol=1e-5, atol=1e-5)
 
 
-def test_pictures_get_the_channels_of_the_net(pixels):
+def test_pictures_get_the_channels_of_the_net(photos):
     grey = Preprocessing((1, 4, 6), [0], [1])
-    picture = Image.fromarray(pixels[0])
+    picture = Image.fromarray(photos[0])
     expected = torch.from_numpy(np.asarray(picture.convert("L"))[None, None] / 255).float()
     for mode in ("RGB", "RGBA", "L"):
         torch.testing.assert_close(grey(picture.convert(mode)), expected, atol=0.01, rtol=0)
@@ -69,8 +69,8 @@ def test_pictures_get_the_channels_of_the_net(pixels):
     torch.testing.assert_close(rgb(picture.convert("L")), expected.expand(1, 3, 4, 6))
 
 
-def test_transparent_palette(rgb, pixels):
-    picture = Image.fromarray(pixels[0]).quantize(8)
+def test_transparent_palette(rgb, photos):
+    picture = Image.fromarray(photos[0]).quantize(8)
     expected = rgb(picture.convert("RGB"))
     picture.info["transparency"] = bytes([0, 128])
     with warnings.catch_warnings():
@@ -78,23 +78,23 @@ def test_transparent_palette(rgb, pixels):
         torch.testing.assert_close(rgb(picture), expected)
 
 
-def test_files_are_read_as_in_training(rgb, pixels, tmp_path):
-    """A photo from a camera on its side, and a file with 16 bits a value."""
+def test_files_are_read_as_in_training(rgb, photos, tmp_path):
+    """A photo of a camera held sideways, and a file with 16 bits per value."""
     exif = Image.Exif()
-    exif[0x0112] = 8  # to be turned to the left
-    Image.fromarray(np.rot90(pixels[0], -1)).save(tmp_path / "side.png", exif=exif)
-    torch.testing.assert_close(rgb(tmp_path / "side.png"), rgb(pixels[0]))
-    grey = pixels[0, ..., 0]
+    exif[0x0112] = 8  # rotate by 90 degrees counterclockwise
+    Image.fromarray(np.rot90(photos[0], -1)).save(tmp_path / "side.png", exif=exif)
+    torch.testing.assert_close(rgb(tmp_path / "side.png"), rgb(photos[0]))
+    grey = photos[0, ..., 0]
     Image.fromarray(grey.astype(np.uint16) * 256 + 9).save(tmp_path / "deep.png")
     torch.testing.assert_close(
         rgb(tmp_path / "deep.png"), rgb(np.repeat(grey[..., None], 3, axis=2))
     )
 
 
-def test_transforms_come_first(pixels):
+def test_transforms_precede_normalization(photos):
     resized = Preprocessing((3, 2, 2), MEAN, STD, [v2.CenterCrop(2)])
-    cropped = torch.from_numpy(by_hand(pixels)[:, 1:3, 2:4]).permute(0, 3, 1, 2).float()
-    torch.testing.assert_close(resized(pixels), cropped)
+    cropped = torch.from_numpy(by_hand(photos)[:, 1:3, 2:4]).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(resized(photos), cropped)
 
 
 @pytest.mark.parametrize(
@@ -156,22 +156,22 @@ def preprocessing(size, **kwargs):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats(format, pixels):
-    picture = Image.fromarray(pixels[0])
+def test_supported_formats(format, photos):
+    picture = Image.fromarray(photos[0])
     batch = preprocessing((4, 6))(encoded(picture, format))
     assert batch.shape == (1, 1, 4, 6)
-    if format not in ("GIF", "JPEG", "JPEG2000", "WEBP"):  # which are lossy
+    if format not in ("GIF", "JPEG", "JPEG2000", "WEBP"):  # the lossy ones
         expected = torch.from_numpy(np.array(picture.convert("L"))) / 255
         torch.testing.assert_close(batch[0, 0], expected)
 
 
 @pytest.mark.parametrize("format", ["EPS", "PDF", "ICO"])
-def test_formats_whose_readers_run_other_programs_or_are_rare(format, pixels):
+def test_unsupported_formats_are_refused(format, photos):
     with pytest.raises(ValueError, match="The image: not an image in one of the formats BMP"):
-        preprocessing((4, 6))(encoded(Image.fromarray(pixels[0]), format))
+        preprocessing((4, 6))(encoded(Image.fromarray(photos[0]), format))
 
 
-@pytest.mark.fault("prediction for a damaged or hostile image file", "an error that names it")
+@pytest.mark.fault("prediction for a damaged or hostile image file", "The error names it.")
 @pytest.mark.parametrize("name", hostile_files())
 def test_hostile_files(name, tmp_path):
     read = preprocessing((8, 8))

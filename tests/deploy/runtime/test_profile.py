@@ -1,22 +1,24 @@
 import pytest
 
-from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
-
-
-def row(depth="d1", batch_size=1, median_ms=1.0, accuracy=None, p95_ms=2.0):
-    return ProfileRow(depth, [1], 10, 5, batch_size, median_ms, p95_ms, 7, accuracy)
+from teamnet_pl.deploy.runtime.profile import Profile
+from tests.helpers.deploy import profile_row
 
 
 @pytest.fixture
 def profile():
-    rows = [row("d1", 1, 10.0), row("d0", 1, 4.0), row("d1", 9, 50.0), row("d0", 9, 20.0)]
+    rows = [
+        profile_row("d1", 1, 10.0),
+        profile_row("d0", 1, 4.0),
+        profile_row("d1", 9, 50.0),
+        profile_row("d0", 9, 20.0),
+    ]
     return Profile("cpu", "a machine", 1, rows)
 
 
 def test_expected_latency(profile):
     assert [profile.expected_ms("d1", n) for n in (1, 5, 9, 18)] == [10, 30, 50, 100]
     assert profile.expected_ms("d0", 3) == 8
-    profile = Profile("cpu", "", 1, [row(batch_size=4, median_ms=8)])
+    profile = Profile("cpu", "", 1, [profile_row(batch_size=4, median_ms=8)])
     assert [profile.expected_ms("d1", n) for n in (1, 4, 8)] == [8, 8, 16]
 
 

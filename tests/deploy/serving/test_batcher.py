@@ -1,4 +1,4 @@
-"""Which requests run together, how deep, and which are refused, on a made-up machine."""
+"""Batches, depths and refusals on a made-up machine."""
 
 import asyncio
 import threading
@@ -16,9 +16,9 @@ MILLISECONDS = {"d7": 10.0, "d2": 4.0, "d0": 2.0}
 
 
 class Machine:
-    """Replaces a Predictor; a batch takes its time on the machine's own clock.
+    """Replaces a Predictor; batches take time on the machine's own clock.
 
-    An image holds the number of its request, and so does the answer.
+    An image is the number of its request, and so is the answer.
     """
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Machine:
 
 
 def serve(machine, requests, max_batch_size=4):
-    """Sends requests (number, budget in ms, depth) while a first one runs; gathers the answers.
+    """Sends requests (number, budget in ms, depth) while a first one runs; returns the answers.
 
     The first request has the number 0 and runs at depth d0.
     """
@@ -96,10 +96,10 @@ def test_the_earliest_deadline_first():
 @pytest.mark.parametrize(
     ("budget", "depth"), [(200, "d7"), (93, "d7"), (91, "d2"), (39, "d2"), (37, "d0"), (21, "d0")]
 )
-def test_as_deep_as_all_waiting_requests_allow(budget, depth):
-    """8 requests are 2 batches, the second of them planned with a quarter more time.
+def test_batches_are_as_deep_as_all_waiting_requests_allow(budget, depth):
+    """8 requests are 2 batches, of which the second is planned with a quarter more time.
 
-    2 ms for the one that runs, then 40 + 50, 16 + 20 or 8 + 10.
+    2 ms for the running request, then 40 + 50, 16 + 20 or 8 + 10.
     """
     machine = Machine()
     answers = serve(machine, [(i, budget) for i in range(1, 9)])
@@ -120,7 +120,7 @@ def test_only_one_batch_of_several_is_planned_to_be_slow(budget, depth):
     assert machine.batches[1][0] == depth
 
 
-def test_refused_when_not_even_the_shallowest_is_in_time():
+def test_requests_are_refused_if_even_the_shallowest_depth_is_late():
     machine = Machine()
     answers = serve(machine, [(i, 21) for i in range(1, 20)])
     done = [answer for answer in answers if not isinstance(answer, Exception)]
@@ -133,7 +133,7 @@ def test_refused_when_not_even_the_shallowest_is_in_time():
 
 @pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
 def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
-    """The refused one no longer waits; one that could never be in time does not count."""
+    """The refused request no longer waits; one that could never be in time does not count."""
     machine = Machine()
     refused = serve(machine, [*((i, 1000) for i in range(1, 7)), (9, budget)])[-1]
     assert isinstance(refused, OverloadedError)
@@ -142,7 +142,7 @@ def test_a_refusal_makes_the_next_batch_shallow(budget, depth):
 
 def test_a_request_that_would_delay_others_too_much_is_refused():
     machine = Machine()
-    # 21 ms are enough for two batches of 8 ms at the shallowest, and no third one.
+    # 21 ms are enough for two batches of 8 ms at the shallowest depth, but not for a third.
     relaxed = [(i, 21) for i in range(1, 9)]
     answers = serve(machine, [*relaxed, (9, 11)])
     assert isinstance(answers[-1], OverloadedError)
@@ -163,11 +163,11 @@ def test_a_request_that_is_alone_is_never_refused():
 
 
 @pytest.mark.fault(
-    "a queue holds requests that can no longer be in time",
-    "they are refused where others can be in time",
+    "queued requests that can no longer be answered in time",
+    "They are refused if other requests can be.",
 )
 def test_late_requests_give_way_to_those_in_time():
-    """The batch before took a second instead of 2 ms."""
+    """The previous batch took a second instead of 2 ms."""
     machine = Machine()
     machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600), (3, 5000)])
@@ -176,18 +176,18 @@ def test_late_requests_give_way_to_those_in_time():
     assert int(answers[2].probabilities) == 3
 
 
-def test_if_all_are_late_they_are_answered():
+def test_late_requests_are_answered_if_all_are_late():
     machine = Machine()
     machine.slowdown = 500
     answers = serve(machine, [(1, 500), (2, 600)])
     assert [answer.depth for answer in answers] == ["d0", "d0"]
 
 
-def test_a_requested_depth():
+def test_requested_depths_run_apart_from_others():
     machine = Machine()
     requests = [(1, 500, "d7"), (2, 600), (3, 700, "d7"), (4, 15)]
     serve(machine, requests)
-    # Those without a depth, together, as deep as the tightest allows; then those at d7.
+    # First those without a depth, as deep as the tightest budget allows, then those at d7.
     assert machine.batches[1:] == [("d2", [4, 2]), ("d7", [1, 3])]
 
 
@@ -197,7 +197,7 @@ def test_a_requested_depth_that_is_too_slow_is_refused():
     assert isinstance(answer, OverloadedError)
 
 
-@pytest.mark.fault("a batch fails", "its requests fail; the next batch runs")
+@pytest.mark.fault("a failing batch", "Its requests fail; the next batch runs.")
 def test_a_failing_batch_fails_alone():
     machine = Machine()
     answers = serve(machine, [(666, 100), (2, 900)], max_batch_size=1)
@@ -205,8 +205,8 @@ def test_a_failing_batch_fails_alone():
     assert int(answers[1].probabilities) == 2
 
 
-@pytest.mark.fault("a client disconnects while it waits", "the others are answered")
-def test_a_client_that_disconnects_affects_no_other():
+@pytest.mark.fault("a client that disconnects while it waits", "The other clients are answered.")
+def test_a_client_that_disconnects_does_not_affect_the_others():
     machine = Machine()
 
     async def main():

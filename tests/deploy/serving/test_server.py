@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,16 +26,17 @@ from teamnet_pl.deploy.runtime.predictor import NonFiniteError
 from teamnet_pl.deploy.serving import server as module
 from teamnet_pl.deploy.serving.batcher import OverloadedError
 from teamnet_pl.deploy.serving.server import Server
-from tests.helpers.deploy import encoded, hostile_files
+from tests.helpers.images import encoded, hostile_files
+from tests.helpers.runs import teamnet_command
 
 
 def png(seed=0, size=8):
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
-    return encoded(Image.fromarray(pixels))
+    return encoded(pixels)
 
 
 def probabilities(team, depth, data):
-    """Those of the plain net, for pixels normalized by hand with the data's statistics."""
+    """The probabilities of the plain net, for pixels normalized by hand."""
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).float() / 255
     with torch.no_grad():
         plain = team.teammates["a"].extract(depth).eval()
@@ -56,7 +56,7 @@ def client(predictor):
         yield client
 
 
-def test_each_depth_is_the_extracted_net(client, team):
+def test_each_depth_matches_the_extracted_net(client, team):
     for depth in ("d7", "d4", "d0"):
         content = client.post(f"/predict?depth={depth}", content=png()).json()
         expected = probabilities(team, depth, png())
@@ -88,15 +88,15 @@ def test_budgets(client, predictor):
         ("budget=1", "parameters budget_ms, macs, depth; found budget"),
     ],
 )
-def test_a_query_that_makes_no_sense(client, query, message):
+def test_invalid_queries_are_refused(client, query, message):
     response = client.post(f"/predict?{query}", content=png())
     assert response.status_code == 400
     assert message in response.json()["error"]
 
 
 @pytest.mark.fault(
-    "a request's body is not an image, or a hostile one",
-    "400 with the reason; the server goes on",
+    "a request body that is not an image, or a hostile one",
+    "The server answers 400 with the reason and keeps running.",
 )
 def test_bodies_that_are_not_images(client):
     for data in hostile_files().values():
@@ -109,7 +109,10 @@ def test_bodies_that_are_not_images(client):
     assert client.post("/predict", content=png()).status_code == 200
 
 
-@pytest.mark.fault("a request's body or image is too large", "413 or 400, before it is decoded")
+@pytest.mark.fault(
+    "a request body or image that is too large",
+    "The server answers 413 or 400 before it decodes the image.",
+)
 def test_limits(predictor):
     size = len(png())
     with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
@@ -135,7 +138,9 @@ def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
     assert (len(body), size) == (90, 300)
 
 
-@pytest.mark.fault("many large images arrive at once", "decoded one for each core at a time")
+@pytest.mark.fault(
+    "many large images at once", "No more of them are decoded at a time than there are cores."
+)
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     server = Server(predictor, budget_ms=60_000)
@@ -174,7 +179,7 @@ def test_health(client, predictor):
 
 
 def samples(client):
-    """Metrics as Prometheus reads them."""
+    """The metrics as Prometheus reads them."""
     text = client.get("/metrics").text
     return {k: float(v) for k, v in re.findall(r"^([^#\s]+(?:{.*})?) (\S+)$", text, re.MULTILINE)}
 
@@ -193,8 +198,8 @@ def test_metrics(client, predictor):
     assert metrics["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
 
 
-@pytest.mark.fault("the thread that runs the net has died", "`/health` answers 503")
-def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
+@pytest.mark.fault("a dead inference thread", "`/health` answers 503.")
+def test_health_after_the_inference_thread_has_died(predictor, monkeypatch):
     async def run(_):
         raise RuntimeError
 
@@ -204,9 +209,11 @@ def test_health_of_a_server_that_does_not_answer(predictor, monkeypatch):
     assert (response.status_code, response.json()["status"]) == (503, "failed")
 
 
-@pytest.mark.fault("the net fails on a batch", "500 for that batch; the server goes on")
+@pytest.mark.fault(
+    "a net that fails on a batch", "The server answers 500 for that batch and keeps running."
+)
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypatch, error):
+def test_a_failing_net_is_a_server_error(client, predictor, monkeypatch, error):
     def run(*_):
         raise error("out of memory")
 
@@ -221,7 +228,10 @@ def test_a_net_that_fails_is_an_error_of_the_server(client, predictor, monkeypat
     assert samples(client)['teamnet_requests_total{status="500"}'] == 1
 
 
-@pytest.mark.fault("more requests than the shallowest depth keeps up with", "503 with Retry-After")
+@pytest.mark.fault(
+    "more requests than the shallowest depth can handle",
+    "The server answers 503 with `Retry-After`.",
+)
 def test_overload(client, monkeypatch):
     def refuse(*_):
         raise OverloadedError("too much")
@@ -234,7 +244,7 @@ def test_overload(client, monkeypatch):
 
 
 def answer_to(app, receive):
-    """Status and error of the answer to a POST whose body `receive` delivers."""
+    """The status and the error in answer to a POST whose body `receive` delivers."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -253,7 +263,9 @@ def answer_to(app, receive):
     return sent[0]["status"], json.loads(sent[1]["body"])["error"]
 
 
-@pytest.mark.fault("a request's body does not arrive", "408 after ten seconds")
+@pytest.mark.fault(
+    "a request body that does not arrive", "The server answers 408 after ten seconds."
+)
 def test_a_body_that_does_not_arrive(predictor, monkeypatch):
     monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
 
@@ -264,7 +276,7 @@ def test_a_body_that_does_not_arrive(predictor, monkeypatch):
     assert (status, error) == (408, "The body did not arrive within 0.05 s.")
 
 
-@pytest.mark.fault("a request's body ends too early", "400")
+@pytest.mark.fault("a request body that ends too early", "The server answers 400.")
 def test_a_body_that_ends_too_early(predictor):
     messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
 
@@ -317,7 +329,7 @@ def serving(predictor, monkeypatch):
 
 
 def status(connection):
-    """Status of the next answer, or None if the connection was closed instead."""
+    """The status of the next answer, or None if the connection was closed instead."""
     line = connection.recv(4096).partition(b"\r\n")[0]
     return int(line.split()[1]) if line else None
 
@@ -327,7 +339,7 @@ UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
 
 
 @pytest.mark.fault(
-    "a request's headers do not arrive", "the connection is closed after ten seconds"
+    "request headers that do not arrive", "The connection is closed after ten seconds."
 )
 @pytest.mark.parametrize("before", [b"", HEALTH])
 def test_headers_that_do_not_arrive(serving, monkeypatch, before):
@@ -338,7 +350,7 @@ def test_headers_that_do_not_arrive(serving, monkeypatch, before):
         assert status(connection) == 200
     begin = time.monotonic()
     connection.sendall(b"GET /health HTTP/1.1\r\n")
-    with contextlib.suppress(ConnectionError):  # each byte is in time, but not all of them
+    with contextlib.suppress(ConnectionError):  # each byte is in time, but the whole is not
         for _ in range(100):
             connection.sendall(b"a")
             time.sleep(0.05)
@@ -364,7 +376,9 @@ def test_the_timeout_of_the_headers_ends_with_them(serving, monkeypatch):
     assert status(connection) == 200
 
 
-@pytest.mark.fault("as many requests at once as are allowed", "503; `/health` still answers")
+@pytest.mark.fault(
+    "more requests at once than are allowed", "The server answers 503; `/health` still answers."
+)
 def test_health_at_the_limit(serving, monkeypatch):
     monkeypatch.setattr(module, "MAX_REQUESTS", 2)
     waiting = [serving(), serving()]
@@ -385,7 +399,7 @@ def test_health_at_the_limit(serving, monkeypatch):
     while True:
         further = serving()
         further.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
-        if status(further) == 400:  # an empty body is not an image: there is room again
+        if status(further) == 400:  # there is room again: the empty body is not an image
             break
         assert time.monotonic() < until
 
@@ -397,9 +411,9 @@ def test_health_at_the_limit(serving, monkeypatch):
 def process(checkpoint, tmp_path_factory):
     """The port, the process and the log file of a server."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = [sys.executable, "-m", "teamnet_pl", "serve", "--ckpt_path", str(checkpoint)]
+    words = ["serve", "--ckpt_path", checkpoint, "--port", 0, "--budget_ms", 60000]
     with open(log, "w") as file:
-        server = subprocess.Popen([*words, "--port", "0", "--budget_ms", "60000"], stderr=file)
+        server = subprocess.Popen(teamnet_command(*words), stderr=file)
     try:
         until = time.monotonic() + 120
         while not (match := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
@@ -412,7 +426,9 @@ def process(checkpoint, tmp_path_factory):
         server.wait()
 
 
-@pytest.mark.fault("requests that are not HTTP, or endless", "refused; the server goes on")
+@pytest.mark.fault(
+    "requests that are endless or not HTTP", "They are refused, and the server keeps running."
+)
 @pytest.mark.slow
 def test_a_process_survives_hostile_requests(process, team):
     port, server, log = process
@@ -452,12 +468,11 @@ def test_a_process_survives_hostile_requests(process, team):
 
 
 @pytest.mark.fault(
-    "a server is told to end (SIGTERM) within a request",
-    "it answers the request, then ends",
+    "SIGTERM to a server during a request", "The server answers the request and then exits."
 )
 @pytest.mark.slow
 def test_a_process_answers_its_requests_before_it_ends(process):
-    """The last test of the process."""
+    """The last test that uses the process."""
     port, server, log = process
     data = png()
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:

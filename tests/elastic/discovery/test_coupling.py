@@ -19,7 +19,7 @@ class CenterOnBatch(nn.Module):
 
 
 class CenterInTraining(nn.Module):
-    """Has a running statistic, but is not of a batch norm's class."""
+    """Has a running statistic but is not a batch norm."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class GhostNorm(nn.BatchNorm2d):
 
 
 class AroundNorm(nn.Module):
-    """Couples samples itself, and by a batch norm inside it."""
+    """Couples samples itself and through a batch norm inside it."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in LAYERS.items()])
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_that_couples_runs_for_each_depth_alone(make, training):
+def test_coupling_layers_run_for_each_depth_alone(make, training):
     torch.manual_seed(0)
     blocks = [Residual(make()), Residual(make(), nn.Conv2d(4, 4, 1)), Residual(make())]
     backbone = BlockNet(make(), blocks).double().train(training)
@@ -98,7 +98,7 @@ def test_coupling_layers_are_found_where_they_are():
 
 
 def test_coupling_that_zero_weights_hide():
-    """Such as where the last layer of a residual branch is zero-initialized."""
+    """As where the last layer of a residual branch is zero-initialized."""
     last = nn.Conv2d(4, 4, 1)
     nn.init.zeros_(last.weight)
     blocks = [Residual(), Residual(CenterOnBatch(), last)]
@@ -155,7 +155,7 @@ class CenteredResidual(Residual):
         (lambda: BlockNet(CallsWithTwo()), r"between\.layer"),
     ],
 )
-def test_samples_that_are_coupled_around_blocks_or_by_other_layers(net, name):
+def test_coupling_around_blocks_or_by_other_layers_is_refused(net, name):
     with pytest.raises(ValueError, match=rf"^{name} \(\w+\) couples the samples of a batch"):
         trace_backbone(net(), SHAPE)
 
@@ -183,7 +183,7 @@ def test_batch_axis_that_is_not_the_first(width):
 
 
 class Folded(BlockNet):
-    """Folds quarters of the images into the batch axis; those of one image lie together, or not."""
+    """Folds quarters of the images into the batch axis, with those of an image together or not."""
 
     def __init__(self, together):
         super().__init__()

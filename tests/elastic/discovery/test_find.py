@@ -7,9 +7,16 @@ import torchvision.models as tv
 from torch import nn
 
 from teamnet_pl.elastic import ElasticNet, trace_backbone
-from tests.helpers.nets import BlockNet, Residual, basic_resnet, block_names, make_backbone
-
-SHAPE = (3, 32, 32)
+from tests.helpers.nets import (
+    SHAPE,
+    BlockNet,
+    Residual,
+    basic_resnet,
+    block_names,
+    make_backbone,
+    swin,
+    torchvision_vit,
+)
 
 
 def skippable(backbone, shape=SHAPE, patterns=None):
@@ -22,12 +29,12 @@ NETS = {
     "efficientnet_b0": (tv.efficientnet_b0, "MBConv", [1, 1, 2, 2, 3]),
     "mobilenet_v3_large": (tv.mobilenet_v3_large, "InvertedResidual", [1, 1, 2, 3, 1, 2]),
     "vit_thin": (
-        lambda: tv.VisionTransformer(32, 16, 12, 2, 16, 32),
+        lambda: torchvision_vit(12),
         "EncoderBlock",
         [12],
     ),
     "swin_thin": (
-        lambda: tv.SwinTransformer([4, 4], 8, [2, 2, 6, 2], [1, 2, 4, 8], [7, 7]),
+        lambda: swin([2, 2, 6, 2]),
         "SwinTransformerBlock",
         [2, 2, 6, 2],
     ),
@@ -114,7 +121,7 @@ def test_nets_without_residual_blocks(make):
         (["layer[12].1"], ["layer1.1", "layer2.1"]),
         (["layer1"], ["layer1"]),
         (["layer1.0.conv2"], ["layer1.0.conv2"]),
-        # layer2.0 downsamples; that does not turn the layers inside it into blocks.
+        # layer2.0 downsamples, but the layers inside it do not become blocks.
         (["layer2.*"], ["layer2.1"]),
         (["layer1.*", "layer2.*"], ["layer1.0", "layer1.1", "layer2.1"]),
     ],
@@ -123,7 +130,7 @@ def test_patterns(patterns, names):
     assert skippable(basic_resnet([2, 2, 1, 1]), patterns=patterns) == names
 
 
-def test_pattern_need_not_be_of_a_residual_block():
+def test_a_pattern_may_match_other_than_residual_blocks():
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         nn.Conv2d(4, 4, 3, padding=1),
@@ -141,10 +148,10 @@ def test_pattern_need_not_be_of_a_residual_block():
 def test_wrong_pattern_lists_the_blocks(pattern):
     with pytest.raises(
         ValueError, match=r"matches '.*'\. There are: .*layer1\.0, .*layer2\.1"
-    ) as e:
+    ) as error:
         trace_backbone(basic_resnet([1, 2, 1, 1]), SHAPE, ["layer1.0", pattern])
-    assert repr(pattern) in str(e.value)
-    assert "layer2.0," not in str(e.value)
+    assert repr(pattern) in str(error.value)
+    assert "layer2.0," not in str(error.value)
 
 
 # Blocks in blocks
@@ -155,7 +162,7 @@ def layers():
 
 
 class Parts(nn.Module):
-    """Two residual parts, which make a block."""
+    """Two residual parts that make up a block."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +217,7 @@ class InSomething(nn.Module):
         ([lambda: nn.Sequential(Parts())], ["0.0"]),
         ([Stage, Stage], [f"{s}.blocks.{i}" for s in (0, 1) for i in (0, 1)]),
         ([InSomething, Parts], ["1"]),
-        ([InSomething, InSomething], ["0.part", "1.part"]),  # there are no better ones
+        ([InSomething, InSomething], ["0.part", "1.part"]),  # for lack of better ones
     ],
 )
 def test_nested_blocks(blocks, names):

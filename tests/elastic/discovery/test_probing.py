@@ -1,4 +1,4 @@
-"""Calls of modules, and the blocks that follow from them."""
+"""Recorded calls of modules, and the blocks derived from them."""
 
 import copy
 from functools import partial
@@ -326,7 +326,7 @@ def test_activation_with_parameters_is_not_a_block(stem, zeros):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_probe_leaves_no_mark(training):
+def test_probing_leaves_no_trace(training):
     dropped = Residual()
     dropped.conv = nn.Sequential(dropped.conv, nn.BatchNorm2d(4), nn.Dropout(0.5))
     net = BlockNet(nn.BatchNorm2d(4), blocks=[dropped, Residual()]).train(training)
