@@ -421,7 +421,7 @@ def test_batch_norm_without_running_statistics(training):
 
 
 class Concatenates(nn.Module):
-    """As in CSPNet: the features before the blocks are joined with those behind them."""
+    """As in CSPNet: the features before the blocks are joined with those after them."""
 
     def __init__(self, stage):
         super().__init__()
@@ -434,7 +434,7 @@ class Concatenates(nn.Module):
 
 
 class Exchanges(nn.Module):
-    """As in HRNet: two branches with blocks of their own that exchange their features."""
+    """As in HRNet: two branches, each with its blocks, that exchange their features."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -477,7 +477,7 @@ class RemembersBatchSize(Chain):
 
 
 class AddsStem(Chain):
-    """Adds the features before all blocks to those behind them."""
+    """Adds the features before all blocks to those after them."""
 
     def forward(self, x):
         x = self.stem(x)

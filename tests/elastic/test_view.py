@@ -73,7 +73,7 @@ def test_a_view_stays_at_its_depth(net, images):
 
 
 def test_a_replaced_module_is_viewed(net, images):
-    """Such as by `convert_sync_batchnorm`."""
+    """As `convert_sync_batchnorm` replaces them."""
     old = net.backbone.norm
     net.backbone.norm = type(old)(old.num_features).double().eval()
     with torch.no_grad():

@@ -89,7 +89,7 @@ class BlockNet(nn.Module):
 
 
 class Residual(nn.Module):
-    """A convolution and the given layers behind it; nothing follows the addition."""
+    """A convolution and the given layers after it; nothing follows the addition."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def plain_at(backbone: nn.Module, net: ElasticNet, depth: DepthLike) -> nn.Modul
 
 
 def train(net: ElasticNet, steps: int = 2, batch_size: int = 3) -> None:
-    """Takes a few packed steps, after which every depth has statistics of its own."""
+    """Takes a few packed steps, after which every depth has its own statistics."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)

@@ -67,7 +67,7 @@ def test_peak_memory_by_hand():
     images = torch.randn(8, 100)
     # 8 rows of float32: the input and the output of the ReLU.
     assert peak(nn.Linear(100, 1000), nn.ReLU(), nn.Linear(1000, 10)) == 4 * 8 * 2000
-    # In place they are the same, and the output of the last layer is beside them.
+    # In place they share memory; the output of the last layer is added.
     assert peak(nn.Linear(100, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10)) == 4 * 8 * 1010
     assert peak(BatchRecorder()) == 4 * 8 * 2
 
@@ -83,6 +83,6 @@ def test_peak_memory_of_a_training_step_by_hand():
         features.sum().backward()
 
     kept, gradient = 5 * 8 * 100, 100 * 100
-    # Beside the kept outputs: the gradient so far, that of one more use, and their sum.
+    # In addition to the kept outputs: the gradient so far, that of one more use, and their sum.
     peak = peak_bytes(step, torch.device("cpu")) / 4
     assert kept + 3 * gradient <= peak < kept + 3 * gradient + 8 * 100

@@ -183,7 +183,7 @@ def test_batch_axis_that_is_not_the_first(width):
 
 
 class Folded(BlockNet):
-    """Folds quarters of the images into the batch axis, with those of an image together or not."""
+    """Folds quarters of the images into the batch axis, grouped by image or not."""
 
     def __init__(self, together):
         super().__init__()

@@ -43,7 +43,7 @@ NETS = {
         "BasicBlock",
         [2, 1, 1, 1],
     ),
-    # Zero-initialized by default, with more layers behind the zeros.
+    # Zero-initialized by default, with more layers after the zeros.
     "timm_seresnet18": (
         lambda: timm.create_model("seresnet18"),
         "BasicBlock",
