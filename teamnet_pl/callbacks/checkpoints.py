@@ -119,7 +119,7 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         dirpath: Folder; by default that of the best checkpoint.
-        every_n_train_steps: Steps of the optimiser between saves within an epoch; 0 for none.
+        every_n_train_steps: Steps of the optimizer between saves within an epoch; 0 for none.
         train_time_interval: Time between saves within an epoch; None for none.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate."""
+"""The optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,15 +22,15 @@ from teamnet_pl.errors import TeamNetError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser by its name in timm, such as ``sgd`` (with Nesterov momentum) or ``adamw``.
+    """An optimizer by its name in timm, such as ``sgd`` (with Nesterov momentum) or ``adamw``.
 
     Attributes:
         name: See `timm.optim.list_optimizers`.
         lr: Learning rate at its peak.
         weight_decay: Weight decay. It is not applied to biases, the weights of norms, and the
             parameters that a backbone of timm exempts, such as positional embeddings.
-        momentum: Momentum, for those optimisers that have one.
-        options: More arguments of the optimiser, such as ``{betas: [0.9, 0.95]}``, or of timm's
+        momentum: Momentum, for those optimizers that have one.
+        options: More arguments of the optimizer, such as ``{betas: [0.9, 0.95]}``, or of timm's
             groups of parameters, such as ``{layer_decay: 0.75}``, for each backbone alone.
     """
 
@@ -47,11 +48,12 @@ class OptimizerConfig:
         known = list_optimizers()
         if self.name.lower() not in known:
             close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
-            raise TeamNetError(f"There is no optimiser {self.name!r}. Did you mean {close}?")
-        self.create(nn.Linear(1, 1))  # so that wrong arguments are found now
+            raise TeamNetError(f"There is no optimizer {self.name!r}. Did you mean {close}?")
+        # So that wrong arguments are found now; without a draw that would change the nets' weights.
+        self.create(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))
 
     def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
-        """Makes the optimiser of all parameters of a module that need a gradient.
+        """Makes the optimizer of all parameters of a module that need a gradient.
 
         Args:
             module: The module to train.
@@ -61,7 +63,7 @@ class OptimizerConfig:
                 default the module itself.
 
         Raises:
-            TeamNetError: If the optimiser does not take the options or cannot run here.
+            TeamNetError: If the optimizer does not take the options or cannot run here.
         """
         from timm.optim import create_optimizer_v2, get_optimizer_info  # type: ignore[attr-defined]
 
@@ -69,7 +71,7 @@ class OptimizerConfig:
         ignored = {"betas": not info.has_betas, "eps": not info.has_eps}  # by timm, in silence
         for option in self.options:
             if ignored.get(option):
-                raise TeamNetError(f"The optimiser {self.name} has no option {option!r}.")
+                raise TeamNetError(f"The optimizer {self.name} has no option {option!r}.")
         grouping = {key: value for key, value in self.options.items() if key in _GROUPING}
         options = {key: value for key, value in self.options.items() if key not in _GROUPING}
         try:
@@ -82,10 +84,10 @@ class OptimizerConfig:
             )
         except TypeError as error:
             raise TeamNetError(
-                f"The optimiser {self.name} does not take the options {self.options}: {error}."
+                f"The optimizer {self.name} does not take the options {self.options}: {error}."
             ) from error
         except AssertionError as error:  # of those from bitsandbytes and Apex
-            raise TeamNetError(f"The optimiser {self.name} cannot run here: {error}.") from error
+            raise TeamNetError(f"The optimizer {self.name} cannot run here: {error}.") from error
         return optimizer
 
     def _groups(
@@ -208,9 +210,9 @@ class StepSchedule(LambdaLR):
     before a checkpoint is restored. `BatchSizeFinder` changes the number, too.
 
     Args:
-        optimizer: The optimiser to schedule.
+        optimizer: The optimizer to schedule.
         config: The learning rate, as a share of its peak.
-        peak: The learning rate at its peak, with which the optimiser was made.
+        peak: The learning rate at its peak, with which the optimizer was made.
     """
 
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, peak: float) -> None:
@@ -259,7 +261,7 @@ _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 
 
 def training_steps(trainer: Trainer, epochs: int | None) -> float:
-    """Counts the optimiser's steps in a whole training.
+    """Counts the optimizer's steps in a whole training.
 
     Args:
         trainer: The trainer, which has set up its loaders.
@@ -286,11 +288,11 @@ def configure(
     schedule: ScheduleConfig,
     backbones: Sequence[nn.Module] | None = None,
 ) -> OptimizerLRScheduler:
-    """Makes the value of ``configure_optimizers``: an optimiser, scheduled by the step.
+    """Makes the value of ``configure_optimizers``: an optimizer, scheduled by the step.
 
     Args:
         module: The module to train, whose ``on_train_start`` has to start the schedule.
-        optimizer: The optimiser of all its parameters that need a gradient.
+        optimizer: The optimizer of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
         backbones: Parts of the module that are models themselves, see `OptimizerConfig.create`.
     """

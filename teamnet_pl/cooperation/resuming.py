@@ -32,7 +32,7 @@ def check_resumable(checkpoint: Mapping[str, Any], values: Mapping[str, Any]) ->
     """
     if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
         raise TeamNetError(
-            "The checkpoint holds weights alone, without the state of the optimiser, and cannot be "
+            "The checkpoint holds weights alone, without the state of the optimizer, and cannot be "
             "resumed: resume another one, or start a new training from its weights "
             "(--model.a.checkpoint FILE and so on)."
         )
@@ -64,11 +64,11 @@ def _plain(value: Any) -> Any:
 
 
 def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
-    """Replaces the options of the optimiser in a checkpoint.
+    """Replaces the options of the optimizer in a checkpoint.
 
     Args:
-        checkpoint: The checkpoint; the options of its optimiser are replaced.
-        fresh: The optimiser with the new options.
+        checkpoint: The checkpoint; the options of its optimizer are replaced.
+        fresh: The optimizer with the new options.
 
     Raises:
         TeamNetError: If the two do not have the same groups of parameters.
@@ -78,7 +78,7 @@ def apply_options(checkpoint: Mapping[str, Any], fresh: Optimizer) -> None:
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, fresh.param_groups)]
     if sizes[0] != sizes[1]:
         raise TeamNetError(
-            f"The optimiser of the checkpoint has groups of {sizes[0]} parameters, and with these "
+            f"The optimizer of the checkpoint has groups of {sizes[0]} parameters, and with these "
             f"options of {sizes[1]}: resume with the weight_decay of the checkpoint."
         )
     for group, options in zip(saved, fresh.param_groups, strict=True):

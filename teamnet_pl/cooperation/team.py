@@ -77,7 +77,7 @@ class Team(LightningModule):
 
     Members are named ``leader``, ``a/d7`` (Teammate a at depth d7) and so on. Each step runs the
     Leader once and each Teammate once, packed. The loss is the sum of every member's label loss and
-    of every transfer, weighted. One optimiser takes one step on it.
+    of every transfer, weighted. One optimizer takes one step on it.
 
     Each member is given by its config, or in Python as a module: the Leader as any `nn.Module`, a
     Teammate as an `ElasticNet` or as a backbone that becomes one with default depths. A checkpoint
@@ -92,7 +92,7 @@ class Team(LightningModule):
         b: The other, or None to train one alone.
         extra_teammates: More Teammates, by name.
         cooperation: The transfers between them.
-        optimizer: The optimiser of all of them.
+        optimizer: The optimizer of all of them.
         schedule: Its learning rate over the training.
         label_smoothing: Share of the label spread over all classes, from 0 to 1.
         on_non_finite: What to do about a term of the loss or a gradient that is infinite or NaN:
@@ -107,7 +107,7 @@ class Team(LightningModule):
 
     Raises:
         TeamNetError: If there is no such backbone, it cannot be elastic, or a depth, a transfer, a
-            name or an optimiser does not fit.
+            name or an optimizer does not fit.
         FileNotFoundError: If there is no file with the weights to start from.
 
     Source: Fang, Bradford, Kim, "Cooperative Learning for Cost-Adaptive Inference"
@@ -466,5 +466,5 @@ class Team(LightningModule):
         self.log(f"{split}/accuracy/mean", mean, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Makes one optimiser for all members, its learning rate scheduled by the step."""
+        """Makes one optimizer for all members, its learning rate scheduled by the step."""
         return configure(self, self.optimizer_config, self.schedule_config, self.backbones())

@@ -42,7 +42,7 @@ def fitted(cli, tmp_path_factory):
     resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [16, 16]}}
     data |= {"train_transform": [resize]}
     options = ["--data", "ImageFolder", "--data.init_args", json.dumps(data)]
-    options += ["--trainer.limit_train_batches", 1.0, "--trainer.max_epochs", 8]
+    options += ["--trainer.limit_train_batches", 1.0, "--trainer.max_epochs", 12]
     cli(folder, "fit", *options, "--test_after_fit", "true")
     cli(folder, "predict", "--ckpt_path", BEST, tiny=False)
     (folder / "images").rename(folder / "moved")
