@@ -193,6 +193,7 @@ def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
     fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
     fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
     fit += ["--seed_everything", 3, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"]
+    fit += ["--trainer.log_every_n_steps", 1]
     cli(tmp_path, "fit", *fit, tiny=False)
     report = json.loads((tmp_path / "logs/version_0/checkpoints/per_depth.json").read_text())
     rows = json.loads(out.read_text())["rows"]
