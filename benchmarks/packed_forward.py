@@ -161,9 +161,10 @@ def line(row: Row) -> str:
     """Summarizes a row."""
     return (
         f"{row['net']:18} speed-up {row['speedup']:.2f}, ceiling {row['ceiling']:.2f} "
-        f"({row['share_of_ceiling']:.0%}), ratio of blocks {row['blocks_ratio']:.2f}, of memory "
-        f"{row['memory_ratio']:.2f}; by checkpointing of time "
-        f"{row['checkpointed_time_ratio']:.2f}, of memory {row['checkpointed_memory_ratio']:.2f}"
+        f"({row['share_of_ceiling']:.0%}), blocks ratio {row['blocks_ratio']:.2f}, memory ratio "
+        f"{row['memory_ratio']:.2f}; checkpointing: time ratio "
+        f"{row['checkpointed_time_ratio']:.2f}, memory ratio "
+        f"{row['checkpointed_memory_ratio']:.2f}"
     )
 
 
