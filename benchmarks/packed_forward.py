@@ -160,10 +160,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 def line(row: Row) -> str:
     """Summarizes a row."""
     return (
-        f"{row['net']:18} speed-up {row['speedup']:.2f} of at most {row['ceiling']:.2f} "
-        f"({row['share_of_ceiling']:.0%}), blocks {row['blocks_ratio']:.2f}, memory times "
-        f"{row['memory_ratio']:.2f}; with checkpointing time times "
-        f"{row['checkpointed_time_ratio']:.2f}, memory times {row['checkpointed_memory_ratio']:.2f}"
+        f"{row['net']:18} speed-up {row['speedup']:.2f}, ceiling {row['ceiling']:.2f} "
+        f"({row['share_of_ceiling']:.0%}), blocks ratio {row['blocks_ratio']:.2f}, memory ratio "
+        f"{row['memory_ratio']:.2f}; checkpointing: time ratio "
+        f"{row['checkpointed_time_ratio']:.2f}, memory ratio "
+        f"{row['checkpointed_memory_ratio']:.2f}"
     )
 
 

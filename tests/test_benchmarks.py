@@ -1,5 +1,7 @@
 """The benchmark scripts run, and the tables in the docs are those of the results."""
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -7,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+SHARED = {"harness", "make_tables", "package_files"}
 
 
 @pytest.fixture
@@ -17,6 +21,13 @@ def script(pytestconfig):
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def benchmark(pytestconfig, monkeypatch):
+    """Imports a script, or the harness, by its name."""
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    return importlib.import_module
 
 
 def test_tables_are_up_to_date(script):
@@ -44,6 +55,83 @@ def test_the_fault_table_has_a_row_for_each_marker(pytestconfig):
     )
     page = (pytestconfig.rootpath / "docs/faults.md").read_text()
     assert markers == page.count("](../tests/") > 50
+
+
+def test_each_script_measures_and_makes_its_table(benchmark, pytestconfig):
+    names = {path.stem for path in (pytestconfig.rootpath / "benchmarks").glob("*.py")} - SHARED
+    assert len(names) >= 11
+    for name in names:
+        script = benchmark(name)
+        assert callable(script.measure), name
+        assert isinstance(script.table.__annotations__["return"], str), name
+
+
+def test_published_medians_are_of_five_or_more(pytestconfig):
+    for path in (pytestconfig.rootpath / "benchmarks/results").glob("*.json"):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and "repeats" in result.get("settings", {}):
+            assert result["settings"]["repeats"] >= 5, path
+
+
+def test_measurements_rotate(benchmark):
+    order = []
+
+    def measurement(name):
+        return lambda: order.append(name) or float(len(order))
+
+    values = benchmark("harness").in_turn({name: measurement(name) for name in "abc"}, 4)
+    assert "".join(order) == "abcbcacababc"
+    assert values == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def settings(out, **changes):
+    return argparse.Namespace(**({"out": str(out), "lr": 0.1, "seeds": [0], "jobs": 1} | changes))
+
+
+@pytest.fixture
+def resumable(benchmark, tmp_path):
+    """Opens a result file with settings; the first time it is new."""
+
+    def make(**changes):
+        arguments = settings(tmp_path / "out.json", **changes)
+        selection = {"selecting": ["seeds"], "ignored": ["jobs"]}
+        return benchmark("harness").ResultFile(arguments, "a machine", resume=True, **selection)
+
+    return make
+
+
+def test_a_result_file_is_complete_after_each_row(resumable, tmp_path, capsys):
+    file = resumable()
+    for row in ({"seed": 0}, {"seed": 1}):
+        file.write([row], lambda row: f"seed {row['seed']}")
+        assert json.loads((tmp_path / "out.json").read_text())["rows"][-1] == row
+    assert capsys.readouterr().out == "seed 0\nseed 1\n"
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert list(written) == ["command", "date", "machine", "settings", "rows"]
+    assert "a machine" in written["machine"]
+    assert written["settings"] == vars(settings(tmp_path / "out.json"))
+
+
+def test_a_result_file_resumes_with_more_seeds(resumable):
+    resumable().add([{"seed": 0}])
+    resumed = resumable(seeds=[1, 0], jobs=2)
+    assert resumed.rows == [{"seed": 0}]
+    assert resumed.result["settings"]["seeds"] == [0, 1]
+
+
+def test_a_result_file_with_other_settings_is_kept(resumable, tmp_path):
+    resumable().add([{"seed": 0}])
+    before = (tmp_path / "out.json").read_text()
+    with pytest.raises(SystemExit, match=r"lr 0\.1, now 0\.2"):
+        resumable(lr=0.2)
+    assert (tmp_path / "out.json").read_text() == before
+
+
+def test_ablations_are_the_shipped_configs(benchmark, pytestconfig):
+    accuracy = benchmark("accuracy")
+    files = (pytestconfig.rootpath / "teamnet_pl/configs/ablation").glob("*.yaml")
+    assert sorted(accuracy.METHODS) == sorted(["team", "alone", *(path.stem for path in files)])
+    assert "width: 16" in accuracy.ablation("wide_leader", width=8)
 
 
 @pytest.mark.slow
@@ -86,6 +174,31 @@ def test_accuracy(script, tmp_path):
     depths = {row["depth"] for row in rows if row["net"] == "alone"}
     assert depths == {row["depth"] for row in rows if row["net"] == "a"}
     assert all(0 <= row[split] <= 1 for row in rows for split in ("val", "test"))
+
+    done = script("accuracy.py", *options, "--methods", "joint", "team", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["joint 0 done"]
+    result = json.loads(out.read_text())
+    assert result["rows"][: len(rows)] == rows
+    assert {row["method"] for row in result["rows"][len(rows) :]} == {"joint"}
+    assert result["settings"]["methods"] == ["team", "alone", "joint"]
+
+
+@pytest.mark.slow
+def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 3]
+    done = script("accuracy.py", *options, "--methods", "no_peer", "--out", out)
+    assert done.returncode == 0, done.stderr
+    fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
+    fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
+    fit += ["--seed_everything", 3, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"]
+    fit += ["--trainer.log_every_n_steps", 1]
+    cli(tmp_path, "fit", *fit, tiny=False)
+    report = json.loads((tmp_path / "logs/version_0/checkpoints/per_depth.json").read_text())
+    rows = json.loads(out.read_text())["rows"]
+    expected = [(row["net"], row["depth"], row["accuracy"]) for row in report]
+    assert [(row["net"], row["depth"], row["test"]) for row in rows] == expected
 
 
 @pytest.mark.slow
