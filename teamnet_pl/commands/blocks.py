@@ -18,6 +18,7 @@ from teamnet_pl.elastic import (
     derive_depths,
     trace_backbone,
 )
+from teamnet_pl.elastic.depths import format_stages
 
 
 def show_blocks(
@@ -109,7 +110,7 @@ def _print_tables(title: str, trace: Trace, rows: dict[str, list[dict[str, Any]]
     table = Table("policy", "depth", "blocks per stage", "MACs", "parameters")
     for policy, depths in rows.items():
         for row in depths:
-            per_stage = "-".join(map(str, row["per_stage"]))
+            per_stage = format_stages(row["per_stage"])
             numbers = (f"{row[name]:,}" for name in ("macs", "parameters"))
             table.add_row(policy, row["name"], per_stage, *numbers)
         table.add_section()

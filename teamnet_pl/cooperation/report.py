@@ -14,6 +14,7 @@ from torch import nn
 from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.elastic import Cost, ElasticNet, cost, depth_costs
+from teamnet_pl.elastic.depths import format_stages
 from teamnet_pl.errors import TeamNetError
 
 if TYPE_CHECKING:
@@ -224,16 +225,6 @@ def report_lines(report: Report) -> list[tuple[str, ...]]:
         )
         for row in report.rows
     ]
-
-
-def format_stages(blocks_per_stage: Sequence[int]) -> str:
-    """Writes the number of blocks that a depth keeps in each stage.
-
-    Example:
-        >>> format_stages((3, 2, 0))
-        '3-2-0'
-    """
-    return "-".join(map(str, blocks_per_stage))
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

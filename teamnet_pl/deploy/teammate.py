@@ -22,6 +22,7 @@ from teamnet_pl.cooperation.restoring import check_task, load_weights, restore_m
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.deploy.checkpoint import SavedTeam, check_classes, restore_preprocessing
 from teamnet_pl.elastic import ElasticNet, depth_costs
+from teamnet_pl.elastic.depths import format_stages
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust, errors_naming
 
@@ -226,7 +227,7 @@ class Teammate(
         records = self.records()
         header = ["depth", "blocks per stage", "MACs", "parameters"]
         rows = [
-            [r.name, "-".join(map(str, r.blocks_per_stage)), f"{r.macs:,}", f"{r.parameters:,}"]
+            [r.name, format_stages(r.blocks_per_stage), f"{r.macs:,}", f"{r.parameters:,}"]
             for r in records
         ]
         if self.accuracy:

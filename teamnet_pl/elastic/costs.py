@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from teamnet_pl.elastic.depths import Depth
+from teamnet_pl.elastic.depths import Depth, format_stages
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.net import ElasticNet
 from teamnet_pl.elastic.plan import Block
@@ -123,6 +123,6 @@ def cost_table(nets: Iterable[ElasticNet], input_shape: Sequence[int]) -> Table:
     table = Table("depth", "blocks per stage", "MACs", "parameters")
     for net in nets:
         for depth, cost in zip(net.depths, depth_costs(net, input_shape).values(), strict=True):
-            stages = "-".join(map(str, depth.per_stage))
+            stages = format_stages(depth.per_stage)
             table.add_row(depth.name, stages, f"{cost.macs:,}", f"{cost.parameters:,}")
     return table

@@ -43,6 +43,16 @@ class Depth:
         return self.name
 
 
+def format_stages(blocks_per_stage: Sequence[int]) -> str:
+    """Writes the number of blocks that a depth keeps in each stage.
+
+    Example:
+        >>> format_stages((3, 2, 0))
+        '3-2-0'
+    """
+    return "-".join(map(str, blocks_per_stage))
+
+
 def drop_order(stages: Sequence[int], policy: DepthPolicy) -> list[int]:
     """Returns the order in which a policy drops blocks.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
+from teamnet_pl.elastic.depths import format_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ def profile_lines(profile: Profile) -> list[tuple[str, ...]]:
     return [
         (
             row.depth,
-            "-".join(map(str, row.blocks_per_stage)),
+            format_stages(row.blocks_per_stage),
             f"{row.macs / 1e6:.3f}",
             str(row.batch_size),
             f"{row.median_ms:.2f}",
