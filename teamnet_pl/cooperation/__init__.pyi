@@ -1,6 +1,9 @@
 from .configs import LeaderConfig as LeaderConfig
 from .configs import TeammateConfig as TeammateConfig
+from .kinds import DIST as DIST
+from .kinds import DecoupledKL as DecoupledKL
 from .kinds import KLDivergence as KLDivergence
+from .kinds import StandardizedKL as StandardizedKL
 from .kinds import TransferKind as TransferKind
 from .kinds import distillation_loss as distillation_loss
 from .losses import CooperativeLoss as CooperativeLoss
