@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from teamnet_pl.elastic.adaptive import AdaptiveNet
 from teamnet_pl.elastic.depths import Depth, format_stages
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.net import ElasticNet
@@ -45,8 +46,8 @@ def cost(net: nn.Module, input_shape: Sequence[int]) -> Cost:
     return Cost(_macs(net, input_shape)[""], sum(p.numel() for p in net.parameters()))
 
 
-def depth_costs(net: ElasticNet, input_shape: Sequence[int]) -> dict[str, Cost]:
-    """Measures the cost of each depth of a net, without extracting it.
+def depth_costs(net: AdaptiveNet, input_shape: Sequence[int]) -> dict[str, Cost]:
+    """Measures the cost of each depth of a net: of an elastic net without extracting it.
 
     Args:
         net: The net.
@@ -55,6 +56,8 @@ def depth_costs(net: ElasticNet, input_shape: Sequence[int]) -> dict[str, Cost]:
     Returns:
         The cost by the depth's name, the deepest first.
     """
+    if not isinstance(net, ElasticNet):
+        return {depth.name: cost(net.extract(depth), input_shape) for depth in net.depths}
     with net.at(net.depths[0]):
         costs = costs_without_blocks(net.backbone, net.blocks, net.depths, input_shape)
     return {depth.name: cost for depth, cost in zip(net.depths, costs, strict=True)}

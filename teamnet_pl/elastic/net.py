@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths
+from teamnet_pl.elastic.adaptive import AdaptiveNet, DepthLike
+from teamnet_pl.elastic.depths import DepthPolicy, DepthSpec, derive_depths
 from teamnet_pl.elastic.discovery.coupling import perturb_zero_weights
 from teamnet_pl.elastic.discovery.find import trace_backbone
 from teamnet_pl.elastic.evaluation import evaluation, example_images
@@ -25,11 +26,8 @@ from teamnet_pl.elastic.forwards import (
 from teamnet_pl.elastic.plan import Plan, Trace, num_fork_levels, plan_streams
 from teamnet_pl.errors import TeamNetError
 
-DepthLike: TypeAlias = Depth | str | int
-"""A depth of a net, or its name (``"d9"``), or the number of blocks that it keeps (``9``)."""
 
-
-class ElasticNet(nn.Module):
+class ElasticNet(AdaptiveNet):
     """A backbone that runs at any of its depths, with shared weights.
 
     The module tree of the backbone, its parameter names and its classes stay as they are: only
@@ -237,22 +235,9 @@ class ElasticNet(nn.Module):
                 forward.module = module
                 module.forward = forward
 
-    def depth(self, depth: DepthLike) -> Depth:
-        """Looks up one of this net's depths by its name or its number of blocks.
-
-        Raises:
-            TeamNetError: If the net has no such depth.
-        """
-        return self.depths[self._index(depth)]
-
-    def _index(self, depth: DepthLike) -> int:
-        for index, known in enumerate(self.depths):
-            if depth in (known, known.name, known.num_blocks):
-                return index
-        raise TeamNetError(
-            f"This net has the depths {', '.join(known.name for known in self.depths)}; {depth!s} "
-            "is none of them."
-        )
+    def models(self) -> list[nn.Module]:
+        """Lists the backbone."""
+        return [self.backbone]
 
     @contextmanager
     def _selected(self, index: int | None) -> Iterator[None]:
