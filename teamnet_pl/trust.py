@@ -20,6 +20,7 @@ from teamnet_pl.errors import TeamNetError
 
 _DATA_CLASS = re.compile(r"teamnet_pl\.data\.[A-Za-z]\w*")
 _TRANSFER_KIND = re.compile(r"teamnet_pl\.cooperation\.(kinds\.)?[A-Za-z]\w*")
+_NET = re.compile(r"teamnet_pl\.((elastic|baselines)\.([a-z_]+\.)?)?[A-Z]\w*")
 _TRANSFORM_CLASS = re.compile(r"torchvision\.transforms\.v2\.[A-Za-z]\w*")
 _TRANSFORM_FIELDS = ("train_transform", "extra_transform")
 _WORD = re.compile(r"[\w-]*")
@@ -83,6 +84,19 @@ class Trust:
             raise TeamNetError(f"{self.source}: {key} must be a text, found {name!r}.")
         if not has_source(name):
             self._refuse(key, name, f"the backbone {name} by its import path, which runs code")
+
+    def check_net(self, key: str, name: object) -> None:
+        """Refuses a class of nets of several depths that does not belong to this package.
+
+        Args:
+            key: Dotted name of the value.
+            name: Import path of the class; None for the default.
+
+        Raises:
+            TeamNetError: If it is an import path that is not trusted.
+        """
+        if name is not None and not (isinstance(name, str) and _NET.fullmatch(name)):
+            self._refuse(key, name, f"the net {name} by its import path, which runs code")
 
     def check_plain(self, key: str, value: object) -> None:
         """Refuses values that would become objects.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from teamnet_pl.backbones import create_backbone
 from teamnet_pl.cooperation.configs import Leader, Teammate
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import AdaptiveNet, ElasticNet
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.errors import TeamNetError
 
@@ -91,12 +91,13 @@ def make_leader(
 
 def make_teammate(
     name: str, teammate: Teammate, num_classes: int, input_shape: Sequence[int]
-) -> ElasticNet:
+) -> AdaptiveNet:
     """Makes the net of a Teammate.
 
     Args:
         name: Its name, for messages.
-        teammate: Its config, an elastic net, or a backbone that becomes one with default depths.
+        teammate: Its config, a net of several depths, or a backbone that becomes elastic with
+            default depths.
         num_classes: Number of classes.
         input_shape: Shape of one image, ``(channels, height, width)``.
 
@@ -107,8 +108,8 @@ def make_teammate(
     """
     if not isinstance(teammate, nn.Module):
         backbone = create_backbone(teammate, num_classes, input_shape[0])
-        return ElasticNet(backbone, input_shape, **teammate.elastic_options())
-    net = teammate if isinstance(teammate, ElasticNet) else ElasticNet(teammate, input_shape)
+        return teammate.net_class()(backbone, input_shape, **teammate.elastic_options())
+    net = teammate if isinstance(teammate, AdaptiveNet) else ElasticNet(teammate, input_shape)
     _check_logits(name, net, num_classes, input_shape)
     return net
 

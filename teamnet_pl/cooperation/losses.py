@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from torch import Tensor, nn
 
-from teamnet_pl.cooperation.transfers import Cooperation
+from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
+from teamnet_pl.cooperation.transfers import Cooperation, ramp_factor
 from teamnet_pl.errors import TeamNetError
 
 
@@ -38,23 +39,27 @@ class LossTerms:
 class CooperativeLoss(nn.Module):
     """The sum of every member's label loss and of every transfer, weighted.
 
-    It needs no Lightning, and no net: logits by the member's name are its input.
+    It needs no Lightning, and no net: logits by the member's name are its input. Terms are those of
+    the members that are there: a step may leave out some depths, or all but the Leader.
 
     Args:
         teammates: Each Teammate's depths or their names, the deepest first.
-        cooperation: The transfers.
+        cooperation: The transfers, and the weights of labels and members.
         leader: Whether there is a Leader.
-        leader_frozen: Whether the Leader only teaches, without a label loss of its own.
+        leader_finish: Share of the training after which the Leader only teaches; 0 for a frozen
+            one, which learns nothing at all.
         label_smoothing: Share of the label spread over all classes, from 0 to 1.
 
     Attributes:
         transfers: The transfers between the members.
 
     Raises:
-        TeamNetError: If the label smoothing is out of range or a transfer does not fit the members.
+        TeamNetError: If the label smoothing is out of range, a transfer does not fit the members,
+            or nothing teaches a depth.
 
     Example:
-        >>> criterion = CooperativeLoss({"a": ["d2", "d0"]}, leader=True)
+        >>> cooperation = Cooperation(leader=TeacherEdge(0.9, students="deepest"))
+        >>> criterion = CooperativeLoss({"a": ["d2", "d0"]}, cooperation, leader=True)
         >>> [str(transfer) for transfer in criterion.transfers]
         ['leader->a/d2', 'a/d2->a/d0']
         >>> logits = {name: torch.randn(4, 10) for name in ("leader", "a/d2", "a/d0")}
@@ -68,43 +73,94 @@ class CooperativeLoss(nn.Module):
         cooperation: Cooperation | None = None,
         *,
         leader: bool = True,
-        leader_frozen: bool = False,
+        leader_finish: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise TeamNetError(f"label_smoothing must be in [0, 1), found {label_smoothing}.")
         self.cooperation = Cooperation() if cooperation is None else cooperation
-        self.transfers = self.cooperation.transfers(teammates, leader)
-        self.leader_frozen = leader_frozen
+        transfers = self.cooperation.transfers(teammates, leader)
+        # A Leader that is never trained learns from nobody.
+        self.transfers = tuple(
+            transfer for transfer in transfers if transfer.student != LEADER or leader_finish > 0
+        )
+        self._check_every_member_learns(teammates)
+        self.leader_finish = leader_finish
         self.label_smoothing = label_smoothing
+        self._deepest = [f"{name}/{depths[0]}" for name, depths in teammates.items()]
 
-    def terms(self, logits: Mapping[str, Tensor], target: Tensor) -> LossTerms:
-        """Computes every term of the loss, unweighted.
+    def _check_every_member_learns(self, teammates: Mapping[str, Sequence[object]]) -> None:
+        labels = self.cooperation.labels
+        students = {transfer.student for transfer in self.transfers}
+        for name, depths in teammates.items():
+            for index, depth in enumerate(depths):
+                weight = labels.others if index else labels.deepest
+                if not weight and f"{name}/{depth}" not in students:
+                    raise TeamNetError(
+                        f"Nothing teaches {name}/{depth}: the weight of its labels is 0, and no "
+                        "transfer with a weight has it as its student."
+                    )
+
+    def is_trained(self, member: str, progress: float) -> bool:
+        """Says whether a member learns in a step.
+
+        Args:
+            member: Name of the member.
+            progress: Share of the training that is done, this step included.
+        """
+        return member != LEADER or progress <= self.leader_finish
+
+    def terms(
+        self,
+        logits: Mapping[str, Tensor],
+        target: Tensor,
+        progress: float = 1.0,
+        teachers: Mapping[str, Tensor] | None = None,
+    ) -> LossTerms:
+        """Computes every term of the loss that has a weight, unweighted.
 
         Args:
             logits: By the member's name, each ``(N, classes)``.
             target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, classes)``.
+            progress: Share of the training that is done, this step included.
+            teachers: Logits of teachers that teach in place of the members of these names.
         """
+        cooperation = self.cooperation
         labels = {
             member: F.cross_entropy(values, target, label_smoothing=self.label_smoothing)
             for member, values in logits.items()
-            if not (member == "leader" and self.leader_frozen)
+            if self.is_trained(member, progress)
+            and cooperation.labels.of(member, self._deepest, progress) > 0
         }
-        transfers = {}
-        for transfer in self.transfers:
-            student, teacher = logits[transfer.student], logits[transfer.teacher].detach()
-            transfers[str(transfer)] = transfer.kind(student, teacher, target)
+        teaching = {
+            name: values.detach() for name, values in {**logits, **(teachers or {})}.items()
+        }
+        if any(transfer.teacher == ENSEMBLE for transfer in self.transfers):
+            averaged = [teaching[name] for name in (LEADER, *self._deepest) if name in teaching]
+            teaching[ENSEMBLE] = weighted_average(averaged, target)
+        transfers = {
+            str(transfer): transfer.kind(
+                logits[transfer.student], teaching[transfer.teacher], target
+            )
+            for transfer in self.transfers
+            if transfer.student in logits
+            and transfer.teacher in teaching
+            and self.is_trained(transfer.student, progress)
+        }
         return LossTerms(labels, transfers)
 
-    def ramp(self, progress: float) -> float:
-        """Returns the factor of all transfers, 0 to 1.
+    def ramps(self, progress: float) -> dict[str, float]:
+        """Returns the factor of each group of transfers that has a weight, 0 to 1.
 
         Args:
             progress: Share of the training that is done, this step included.
         """
-        share = self.cooperation.ramp
-        return min(1.0, progress / share) if share else 1.0
+        return {
+            name: ramp_factor(edge.ramp, progress)
+            for name, edge in self.cooperation.edges().items()
+            if edge.weight > 0
+        }
 
     def total(self, terms: LossTerms, progress: float = 1.0) -> Tensor:
         """Sums the weighted terms up.
@@ -115,12 +171,29 @@ class CooperativeLoss(nn.Module):
 
         Returns:
             The loss, a scalar.
+
+        Raises:
+            TeamNetError: If no term has a weight.
         """
-        total = torch.stack(list(terms.labels.values())).sum()
-        if not self.transfers:
-            return total
-        weighted = [transfer.weight * terms.transfers[str(transfer)] for transfer in self.transfers]
-        return total + self.ramp(progress) * torch.stack(weighted).sum()
+        cooperation = self.cooperation
+        factors = cooperation.member_weights
+        weighted = [
+            factors.get(member, 1.0) * cooperation.labels.of(member, self._deepest, progress) * term
+            for member, term in terms.labels.items()
+        ]
+        weighted += [
+            factors.get(transfer.student, 1.0)
+            * ramp_factor(transfer.ramp, progress)
+            * transfer.weight
+            * terms.transfers[str(transfer)]
+            for transfer in self.transfers
+            if str(transfer) in terms.transfers
+        ]
+        if not weighted:
+            raise TeamNetError(
+                "No term of the loss has a weight in this step: give labels or transfers one."
+            )
+        return torch.stack(weighted).sum()
 
     def forward(
         self, logits: Mapping[str, Tensor], target: Tensor, progress: float = 1.0
@@ -130,10 +203,33 @@ class CooperativeLoss(nn.Module):
         Args:
             logits: By the member's name, each ``(N, classes)``.
             target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, classes)``.
-            progress: Share of the training that is done, this step included: transfers grow with
-                it, see `Cooperation.ramp`.
+            progress: Share of the training that is done, this step included: weights change with
+                it, see `Cooperation`.
 
         Returns:
             The loss, a scalar.
         """
-        return self.total(self.terms(logits, target), progress)
+        return self.total(self.terms(logits, target, progress), progress)
+
+
+def weighted_average(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Averages the predictions of several nets, each by the probability it gives to the label.
+
+    Args:
+        logits: Of each net, shape ``(N, classes)``.
+        target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, classes)``.
+
+    Returns:
+        Logarithms of the averaged probabilities, shape ``(N, classes)``.
+
+    Source: the weights of each image follow Zhang et al., "Confidence-Aware Multi-Teacher Knowledge
+    Distillation" (arXiv 2201.00007), which has another function of the same cross-entropies.
+
+    Example:
+        >>> right, wrong = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+        >>> weighted_average([right, wrong], torch.tensor([0])).exp()
+        tensor([[0.9998, 0.0002]])
+    """
+    stacked = torch.stack(list(logits)).log_softmax(dim=-1)
+    fits = torch.stack([-F.cross_entropy(values, target, reduction="none") for values in stacked])
+    return torch.logsumexp(stacked + fits.log_softmax(dim=0).unsqueeze(-1), dim=0)

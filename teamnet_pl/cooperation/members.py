@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import AdaptiveNet, Depth
 
 LEADER = "leader"
 ENSEMBLE = "ensemble"
-"""Name of the Teammates' averaged prediction, which is evaluated beside the members."""
+"""Name of an averaged prediction. In an evaluation it is that of the Teammates' deepest depths; as
+a teacher it has the Leader's, too, see `Cooperation`."""
 
 
-def depth_names(teammates: Mapping[str, ElasticNet]) -> list[str]:
+def depth_names(teammates: Mapping[str, AdaptiveNet]) -> list[str]:
     """Lists the names of each depth of each Teammate, such as ``a/d7``."""
     return [f"{name}/{depth}" for name, net in teammates.items() for depth in net.depths]
 
 
-def member_names(teammates: Mapping[str, ElasticNet], leader: nn.Module | None = None) -> list[str]:
+def member_names(
+    teammates: Mapping[str, AdaptiveNet], leader: nn.Module | None = None
+) -> list[str]:
     """Lists the names of all members: the Leader, if there is one, and each depth.
 
     Args:
@@ -30,7 +33,7 @@ def member_names(teammates: Mapping[str, ElasticNet], leader: nn.Module | None =
 
 
 def evaluated_names(
-    teammates: Mapping[str, ElasticNet], leader: nn.Module | None = None
+    teammates: Mapping[str, AdaptiveNet], leader: nn.Module | None = None
 ) -> list[str]:
     """Lists the names of all that is evaluated: the members, and the ensemble of two or more nets.
 
@@ -42,7 +45,10 @@ def evaluated_names(
 
 
 def member_logits(
-    teammates: Mapping[str, ElasticNet], leader: nn.Module | None, images: Tensor
+    teammates: Mapping[str, AdaptiveNet],
+    leader: nn.Module | None,
+    images: Tensor,
+    depths: Mapping[str, Sequence[Depth]] | None = None,
 ) -> dict[str, Tensor]:
     """Runs all members: the Leader once and each Teammate once, packed.
 
@@ -50,6 +56,7 @@ def member_logits(
         teammates: The Teammates by name.
         leader: The Leader, if there is one.
         images: Shape ``(N, channels, height, width)``.
+        depths: The depths of each Teammate to run, the deepest first; all by default.
 
     Returns:
         Logits by the member's name, each ``(N, classes)`` and of at least single precision.
@@ -58,15 +65,16 @@ def member_logits(
     if leader is not None:
         logits[LEADER] = at_least_single(leader(images))
     for name, net in teammates.items():
-        packed = at_least_single(net.packed(images))
-        logits |= {
-            f"{name}/{depth}": values for depth, values in zip(net.depths, packed, strict=True)
-        }
+        run = net.depths if depths is None else depths[name]
+        packed = at_least_single(
+            net.packed(images) if tuple(run) == net.depths else net.packed(images, run)
+        )
+        logits |= {f"{name}/{depth}": values for depth, values in zip(run, packed, strict=True)}
     return logits
 
 
 def member_probabilities(
-    teammates: Mapping[str, ElasticNet], logits: Mapping[str, Tensor]
+    teammates: Mapping[str, AdaptiveNet], logits: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Turns logits into class probabilities, and adds the Teammates' averaged prediction.
 

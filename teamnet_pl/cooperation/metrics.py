@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from teamnet_pl.cooperation.members import depth_names, evaluated_names
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import AdaptiveNet
 
 
 class _OfAllImages(Metric):
@@ -121,6 +121,7 @@ class TeamMetrics(nn.Module):
 
     Example:
         >>> import torchvision
+        >>> from teamnet_pl.elastic import ElasticNet
         >>> net = ElasticNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=2)
         >>> metrics = TeamMetrics({"a": net}, None, num_classes=10)
         >>> probabilities = {"a/d5": torch.eye(10), "a/d0": torch.eye(10).roll(1, 0)}
@@ -130,7 +131,7 @@ class TeamMetrics(nn.Module):
     """
 
     def __init__(
-        self, teammates: Mapping[str, ElasticNet], leader: nn.Module | None, num_classes: int
+        self, teammates: Mapping[str, AdaptiveNet], leader: nn.Module | None, num_classes: int
     ) -> None:
         super().__init__()
         self.members = nn.ModuleDict(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import AdaptiveNet
 from teamnet_pl.errors import TeamNetError
 
 
@@ -52,7 +52,12 @@ class OptimizerConfig:
         # So that wrong arguments are found now; without a draw that would change the nets' weights.
         self.create(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))
 
-    def create(self, module: nn.Module, backbones: Sequence[nn.Module] | None = None) -> Optimizer:
+    def create(
+        self,
+        module: nn.Module,
+        backbones: Sequence[nn.Module] | None = None,
+        leader: nn.Module | None = None,
+    ) -> Optimizer:
         """Makes the optimizer of all parameters of a module that need a gradient.
 
         Args:
@@ -61,6 +66,8 @@ class OptimizerConfig:
                 model of timm: weights that a backbone exempts from decay (``no_weight_decay``), and
                 layers that learn slower the nearer they are to its input (``layer_decay``). By
                 default the module itself.
+            leader: The one of them that has groups of its own, marked as the Leader's, for a
+                schedule of its own.
 
         Raises:
             TeamNetError: If the optimizer does not take the options or cannot run here.
@@ -76,7 +83,9 @@ class OptimizerConfig:
         options = {key: value for key, value in self.options.items() if key not in _GROUPING}
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                self._groups(module, [module] if backbones is None else backbones, **grouping),
+                self._groups(
+                    module, [module] if backbones is None else backbones, leader, **grouping
+                ),
                 opt=self.name,
                 lr=self.lr,
                 momentum=self.momentum,
@@ -94,6 +103,7 @@ class OptimizerConfig:
         self,
         module: nn.Module,
         backbones: Sequence[nn.Module],
+        leader: nn.Module | None,
         filter_bias_and_bn: bool = True,
         layer_decay: float | None = None,
         layer_decay_min_scale: float = 0.0,
@@ -126,6 +136,7 @@ class OptimizerConfig:
                 settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
                 # Of the rate, since only timm's own schedules know of the scale.
                 settings["lr"] = self.lr * settings.pop("lr_scale", 1.0)
+                settings[_IS_LEADER] = part is leader
                 merged = groups.setdefault(
                     repr(sorted(settings.items())), settings | {"params": []}
                 )
@@ -138,6 +149,9 @@ class OptimizerConfig:
             add(nn.ParameterList(rest))
         return list(groups.values())
 
+
+_IS_LEADER = "is_leader"
+"""Key of a group of parameters: whether they are the Leader's."""
 
 _GROUPING = (
     "filter_bias_and_bn",
@@ -155,7 +169,7 @@ def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[
     originals = {
         id(copied): id(original)
         for net in module.modules()
-        if isinstance(net, ElasticNet)
+        if isinstance(net, AdaptiveNet)
         for copied, original in net.copied_parameters()
     }
     rest = []
@@ -171,23 +185,61 @@ def _add_copies(module: nn.Module, group_of: dict[int, dict[str, Any]]) -> list[
     return rest
 
 
+_ROUNDING = 1e-9
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Linear warm-up, then half a cosine, step by step.
 
+    The Leader may be ahead of the Teammates: its whole schedule then ends at a share of the
+    training, after which it is finished and only teaches.
+
     Attributes:
         warmup: Share of the training in which the learning rate grows to its peak.
         final: Learning rate at the end, as a share of the peak.
+        leader_alone: Share of the training, at its start, in which the Leader alone is trained; the
+            Teammates' schedule is over the rest.
+        leader_finish: Share of the training after which the Leader is finished: in evaluation mode,
+            without gradient. Equal to ``leader_alone``, the Leader is trained first.
 
     Source: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), without restarts.
     """
 
     warmup: float = 0.1
     final: float = 0.0
+    leader_alone: float = 0.0
+    leader_finish: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
             raise TeamNetError(f"warmup is a share of the training in [0, 1), found {self.warmup}.")
+        if not 0 <= self.leader_alone < 1:
+            raise TeamNetError(
+                f"leader_alone is a share of the training in [0, 1), found {self.leader_alone}."
+            )
+        if not max(self.leader_alone, 1e-9) <= self.leader_finish <= 1:
+            raise TeamNetError(
+                "leader_finish is a share of the training above 0 and up to 1, not before the "
+                f"Teammates start (leader_alone {self.leader_alone}); found {self.leader_finish}. "
+                "A Leader that is never trained is one with leader.frozen true."
+            )
+
+    def member_factor(self, step: int, steps: int, is_leader: bool) -> float:
+        """Returns the learning rate of the Leader or of the Teammates as a share of the peak.
+
+        Example:
+            >>> config = ScheduleConfig(warmup=0.0, leader_alone=0.5, leader_finish=0.5)
+            >>> [round(config.member_factor(step, 8, is_leader=True), 2) for step in range(8)]
+            [1.0, 0.85, 0.5, 0.15, 0.0, 0.0, 0.0, 0.0]
+            >>> [round(config.member_factor(step, 8, is_leader=False), 2) for step in range(8)]
+            [0.0, 0.0, 0.0, 0.0, 1.0, 0.85, 0.5, 0.15]
+        """
+        if is_leader:
+            last = max(1, math.floor(self.leader_finish * steps + _ROUNDING))
+            return self.factor(step, last) if step < last else 0.0
+        first = math.floor(self.leader_alone * steps + _ROUNDING)
+        return self.factor(step - first, steps - first) if step >= first else 0.0
 
     def factor(self, step: int, steps: int) -> float:
         """Returns the learning rate at a step as a share of the peak.
@@ -219,16 +271,20 @@ class StepSchedule(LambdaLR):
         self.config = config
         self.peak = peak
         self.steps = math.inf
-        super().__init__(optimizer, self._factor)
-
-    def _factor(self, step: int) -> float:
-        return 1.0 if math.isinf(self.steps) else self.config.factor(step, int(self.steps))
+        super().__init__(optimizer, lambda step: 1.0)  # `get_lr` knows better
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the rate of each group of parameters, also of those that a callback added."""
-        factor = self._factor(self.last_epoch)
-        groups = self.optimizer.param_groups
-        return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
+        return [
+            group.setdefault("initial_lr", group["lr"]) * self._factor(group)
+            for group in self.optimizer.param_groups
+        ]
+
+    def _factor(self, group: dict[str, Any]) -> float:
+        if math.isinf(self.steps):
+            return 1.0
+        is_leader = group.get(_IS_LEADER, False)
+        return self.config.member_factor(self.last_epoch, int(self.steps), is_leader)
 
     def set_peak(self, peak: float) -> None:
         """Sets the learning rate at its peak, of each group of parameters in proportion."""
@@ -287,6 +343,7 @@ def configure(
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
     backbones: Sequence[nn.Module] | None = None,
+    leader: nn.Module | None = None,
 ) -> OptimizerLRScheduler:
     """Makes the value of ``configure_optimizers``: an optimizer, scheduled by the step.
 
@@ -295,7 +352,8 @@ def configure(
         optimizer: The optimizer of all its parameters that need a gradient.
         schedule: The learning rate; it stays at its peak in a training without an end.
         backbones: Parts of the module that are models themselves, see `OptimizerConfig.create`.
+        leader: The one of them that is the Leader.
     """
-    created = optimizer.create(module, backbones)
+    created = optimizer.create(module, backbones, leader)
     scheduler = StepSchedule(created, schedule, optimizer.lr)
     return {"optimizer": created, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

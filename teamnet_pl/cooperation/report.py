@@ -13,7 +13,7 @@ from torch import nn
 
 from teamnet_pl.atomic import atomic_write_text
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
-from teamnet_pl.elastic import Cost, ElasticNet, cost, depth_costs
+from teamnet_pl.elastic import AdaptiveNet, Cost, cost, depth_costs
 from teamnet_pl.elastic.depths import format_stages
 from teamnet_pl.errors import TeamNetError
 
@@ -74,7 +74,7 @@ class Report:
     @classmethod
     def of(
         cls,
-        teammates: Mapping[str, ElasticNet],
+        teammates: Mapping[str, AdaptiveNet],
         leader: nn.Module | None,
         input_shape: Sequence[int],
         metrics: Mapping[str, Any],

@@ -78,6 +78,7 @@ def restore_member(kind: type[Member], key: str, values: object, trust: Trust) -
                 f"Team.load_from_checkpoint(path, {key.removeprefix('model.')}=...)."
             )
         trust.check_backbone(f"{key}.name", values.get("name"))
+        trust.check_net(f"{key}.net", values.get("net"))
     return restore_config(kind, key, values, trust).without_weights()
 
 

@@ -32,6 +32,7 @@ from teamnet_pl.cooperation.building import (
 from teamnet_pl.cooperation.callback_check import check_callbacks
 from teamnet_pl.cooperation.configs import Leader, LeaderConfig, Teammate, TeammateConfig
 from teamnet_pl.cooperation.data_check import check_data
+from teamnet_pl.cooperation.idle import IdleParameters
 from teamnet_pl.cooperation.losses import CooperativeLoss
 from teamnet_pl.cooperation.members import (
     LEADER,
@@ -63,13 +64,16 @@ from teamnet_pl.cooperation.resuming import (
     resume_epoch,
     unlogged_row,
 )
+from teamnet_pl.cooperation.sampling import depths_of_step
 from teamnet_pl.cooperation.transfers import Cooperation, Transfer
-from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.elastic import AdaptiveNet, Depth
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, errors_naming
 
 EvaluatedSplit = Literal["val", "test"]
+
+_ALL_DEPTHS = TeammateConfig()
 
 
 class Team(LightningModule):
@@ -170,7 +174,12 @@ class Team(LightningModule):
         self._run_seed = torch.initial_seed()
         self._unlogged: object = None  # a row of the log that is due
 
+        self._idle = IdleParameters()
+        self._teammate_configs = {
+            name: member for name, member in teammates.items() if isinstance(member, TeammateConfig)
+        }
         self.leader, self.leader_frozen = make_leader(leader, num_classes, input_shape)
+        self._leader_teaches_only = self.leader_frozen
         self.teammates = nn.ModuleDict(
             {
                 name: make_teammate(name, teammate, num_classes, input_shape)
@@ -181,7 +190,7 @@ class Team(LightningModule):
             {name: net.depths for name, net in self.elastic_nets.items()},
             cooperation,
             leader=leader is not None,
-            leader_frozen=self.leader_frozen,
+            leader_finish=0.0 if self.leader_frozen else schedule.leader_finish,
             label_smoothing=label_smoothing,
         )
         self.metrics = nn.ModuleDict(
@@ -284,7 +293,9 @@ class Team(LightningModule):
         check_resumable(checkpoint, self.hparams)
         self._unlogged = self.run.pop("unlogged", None)
         if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
-            apply_options(checkpoint, self.optimizer_config.create(self, self.backbones()))
+            leader = None if self.leader_frozen else self.leader
+            fresh = self.optimizer_config.create(self, self.backbones(), leader)
+            apply_options(checkpoint, fresh)
         done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         # Averaging ends with one more epoch, in which only batch norms learn.
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -298,7 +309,7 @@ class Team(LightningModule):
             drop_finders(self.trainer)
 
     @property
-    def elastic_nets(self) -> Mapping[str, ElasticNet]:
+    def elastic_nets(self) -> Mapping[str, AdaptiveNet]:
         """The Teammates by name."""
         return dict(self.teammates.items())  # type: ignore[arg-type]
 
@@ -322,9 +333,9 @@ class Team(LightningModule):
         return member_names(self.elastic_nets, self.leader)
 
     def backbones(self) -> list[nn.Module]:
-        """Lists the Leader, if it is trained, and the Teammates' backbones."""
+        """Lists the Leader, if it is trained, and the models of the Teammates."""
         leader = [] if self.leader is None or self.leader_frozen else [self.leader]
-        return leader + [net.backbone for net in self.elastic_nets.values()]
+        return leader + [model for net in self.elastic_nets.values() for model in net.models()]
 
     def logged_metrics(self) -> list[str]:
         """Lists the names of all metrics that training and evaluation log."""
@@ -334,7 +345,8 @@ class Team(LightningModule):
         terms = [f"ce/{member}" for member in trained] + [f"kd/{edge}" for edge in self.transfers]
         evaluated = [f"{name}/{member}" for name, member, _ in self._split_metrics("val").metrics()]
         return [
-            *(f"train/{name}" for name in ("loss", "ramp", "skipped_steps", *terms)),
+            *(f"train/{name}" for name in ("loss", "skipped_steps", *terms)),
+            *(f"train/ramp/{group}" for group in self.criterion.ramps(1.0)),
             *(
                 f"{split}/{name}"
                 for split in self.metrics
@@ -343,9 +355,9 @@ class Team(LightningModule):
         ]
 
     def train(self, mode: bool = True) -> Team:
-        """Sets training mode; a frozen Leader stays in evaluation mode."""
+        """Sets training mode; a Leader that only teaches stays in evaluation mode."""
         super().train(mode)
-        if self.leader is not None and self.leader_frozen:
+        if self.leader is not None and self._leader_teaches_only:
             self.leader.eval()
         return self
 
@@ -366,6 +378,12 @@ class Team(LightningModule):
         log_row(self.trainer, self._unlogged)
         self._unlogged = None
         self._steps = training_steps(self.trainer, self._epochs)
+        schedule = self.schedule_config
+        if math.isinf(self._steps) and (schedule.leader_alone or schedule.leader_finish < 1):
+            raise TeamNetError(
+                "schedule.leader_alone and leader_finish are shares of a training that has an end: "
+                "set trainer.max_epochs or max_steps."
+            )
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, StepSchedule):
                 config.scheduler.set_peak(self.lr)  # which a finder may have changed
@@ -387,24 +405,75 @@ class Team(LightningModule):
             TeamNetError: If a term of the loss is not finite, unless such steps are skipped.
         """
         images, target = batch
+        progress = self._progress()
+        self._leader_teaches_only = not self.criterion.is_trained(LEADER, progress)
+        if self.leader is not None and self._leader_teaches_only and self.leader.training:
+            self.leader.eval()
         self._guard.before_forward(self)
         with seeded(self._step_seed(batch_idx), images.device):
-            logits = self(images)
-        progress = self._progress()
-        terms = self.criterion.terms(logits, target)
+            logits = self._training_logits(images, progress, batch_idx)
+        terms = self.criterion.terms(logits, target, progress)
         loss = self.criterion.total(terms, progress)
+        if self.trainer.world_size > 1 and self._leaves_weights_out():
+            loss = self._idle.include(loss, self._trained_parameters())
         named = terms.named()
         # In one collective, by which all processes also know of values that are not finite in any.
         values = torch.stack([*named.values(), loss]).detach()
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
         if not self._guard.check_terms(list(named), values, self.global_step):
             return loss * torch.nan  # so that no gradient is finite
+        self._forget_logged(named)
         self.log("train/loss", values[-1], prog_bar=True)
-        self.log("train/ramp", self.criterion.ramp(progress))
+        ramps = self.criterion.ramps(progress).items()
+        self.log_dict({f"train/ramp/{group}": factor for group, factor in ramps})
         self.log_dict(
             {f"train/{name}": value for name, value in zip(named, values[:-1], strict=True)}
         )
         return loss
+
+    def _forget_logged(self, terms: Mapping[str, Tensor]) -> None:
+        """Keeps Lightning from logging the last values of terms again that this step lacks."""
+        results = self.trainer._results or {}
+        for key in list(results):
+            name = key.removeprefix("training_step.train/")
+            if name.startswith(("ce/", "kd/")) and name not in terms:
+                del results[key]
+
+    def _training_logits(
+        self, images: Tensor, progress: float, batch_idx: int
+    ) -> dict[str, Tensor]:
+        """Runs the members that take part in a step."""
+        with torch.set_grad_enabled(not self._leader_teaches_only):
+            logits = member_logits({}, self.leader, images)
+        if self.leader is not None and progress <= self.schedule_config.leader_alone:
+            return logits
+        depths = self._depths_of_step(progress, batch_idx)
+        return logits | member_logits(self.elastic_nets, None, images, depths)
+
+    def _depths_of_step(self, progress: float, batch_idx: int) -> dict[str, list[Depth]]:
+        """Chooses the depths of each Teammate, the same in all processes and in a resumed run."""
+        depths = {}
+        for name, net in self.elastic_nets.items():
+            parts = [self._run_seed, self.current_epoch, batch_idx, *name.encode()]
+            draw = np.random.default_rng(parts)
+            config = self._teammate_configs.get(name, _ALL_DEPTHS)
+            depths[name] = depths_of_step(net.training_depths(), config, progress, draw)
+        return depths
+
+    def _leaves_weights_out(self) -> bool:
+        """Whether some steps do not use all weights."""
+        return (
+            (self.leader is not None and self.criterion.leader_finish < 1)
+            or self.schedule_config.leader_alone > 0
+            or any(
+                config.sampled_depths is not None or config.progressive
+                for config in self._teammate_configs.values()
+            )
+            or any(net.training_depths() != net.depths for net in self.elastic_nets.values())
+        )
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def on_after_backward(self) -> None:
         """Undoes the effect that a skipped batch had on the statistics of norms."""
@@ -416,6 +485,7 @@ class Team(LightningModule):
         Raises:
             TeamNetError: If one is not finite, unless such steps are skipped.
         """
+        self._idle.take_gradients(self._trained_parameters(), self.trainer.strategy)
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         skipped = self._guard.before_step(self, optimizer, self.global_step, has_scaler)
         if self._guard.skips:
@@ -467,4 +537,7 @@ class Team(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes one optimizer for all members, its learning rate scheduled by the step."""
-        return configure(self, self.optimizer_config, self.schedule_config, self.backbones())
+        leader = None if self.leader_frozen else self.leader
+        return configure(
+            self, self.optimizer_config, self.schedule_config, self.backbones(), leader
+        )

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from typing import Any, Literal
 
 from teamnet_pl.cooperation.kinds import KLDivergence, TransferKind
+from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.errors import TeamNetError
+
+Students = Literal["all", "deepest"]
+"""The depths of a Teammate that a transfer teaches."""
+
+
+def ramp_factor(share: float, progress: float) -> float:
+    """Returns the factor of a loss that grows linearly over the first share of the training.
+
+    Args:
+        share: 0 to 1; 0 for a loss with its whole weight from the start.
+        progress: Share of the training that is done, this step included.
+
+    Example:
+        >>> ramp_factor(0.5, 0.25)
+        0.5
+    """
+    return min(1.0, progress / share) if share else 1.0
+
+
+def _check_ramp(ramp: float) -> None:
+    if not 0 <= ramp <= 1:
+        raise TeamNetError(f"The ramp is a share of the training, 0 to 1; found {ramp}.")
 
 
 @dataclass(frozen=True)
@@ -18,14 +42,18 @@ class Edge:
     Attributes:
         weight: Factor of the transfer's loss; 0 leaves the transfer out.
         kind: The transfer's loss, by its class path and options.
+        ramp: Share of the training over which the loss grows from nothing to its weight, since
+            teachers that are in training themselves know nothing at first.
     """
 
-    weight: float = 0.5
-    kind: TransferKind = field(default_factory=KLDivergence)
+    weight: float = 0.0
+    kind: TransferKind = field(default_factory=lambda: KLDivergence(temperature=4.0))
+    ramp: float = 1 / 3
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise TeamNetError(f"A transfer's weight must not be negative, found {self.weight}.")
+        _check_ramp(self.ramp)
 
 
 @dataclass(frozen=True)
@@ -33,8 +61,9 @@ class Transfer(Edge):
     """One distillation edge of a team.
 
     Attributes:
-        teacher: Name of a member, such as ``leader`` or ``a/d12``; ``a`` is its deepest depth.
-        student: Name of a member of a Teammate, such as ``a/d9``.
+        teacher: Name of a member, such as ``leader`` or ``a/d12``, or ``ensemble``; ``a`` is its
+            deepest depth.
+        student: Name of a member, such as ``a/d9``.
     """
 
     teacher: str = ""
@@ -45,27 +74,115 @@ class Transfer(Edge):
 
 
 @dataclass(frozen=True)
-class Cooperation:
-    """The transfers of a team.
+class TeacherEdge(Edge):
+    """How one teacher teaches the Teammates.
 
     Attributes:
-        leader: From the Leader to each Teammate's deepest depth.
-        peer: From each Teammate's deepest depth to that of each other Teammate.
-        sub_networks: From each Teammate's deepest depth to each of its own shallower depths.
-        extra: Any others, by name.
-        ramp: Share of the training over which all transfers grow from nothing to their weight,
-            since teachers know nothing at first.
+        students: Whether it teaches all depths or the deepest alone.
     """
 
-    leader: Edge = field(default_factory=Edge)
-    peer: Edge = field(default_factory=Edge)
-    sub_networks: Edge = field(default_factory=Edge)
-    extra: list[Transfer] = field(default_factory=list)
-    ramp: float = 1 / 3
+    students: Students = "all"
+
+
+@dataclass(frozen=True)
+class PeerEdge(TeacherEdge):
+    """How a Teammate teaches the others.
+
+    Attributes:
+        teachers: Its deepest depth, or for each student the nearest depth that keeps at least as
+            many blocks.
+    """
+
+    teachers: Literal["deepest", "nearest"] = "deepest"
+
+
+@dataclass(frozen=True)
+class SubNetworkEdge(Edge):
+    """How the depths of a Teammate teach each other.
+
+    Attributes:
+        teachers: For each shallower depth the deepest, or the next deeper one; or all other depths
+            for each depth.
+    """
+
+    teachers: Literal["deepest", "next", "others"] = "deepest"
+
+
+@dataclass(frozen=True)
+class LabelWeights:
+    """Weights of the label losses.
+
+    Attributes:
+        deepest: Of a Teammate's deepest depth.
+        others: Of each of its other depths.
+        leader: Of the Leader.
+        ramp: Share of the training over which the weights go from 1 to these values: labels are the
+            only teacher as long as the others know nothing.
+    """
+
+    deepest: float = 1.0
+    others: float = 1.0
+    leader: float = 1.0
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ramp <= 1:
-            raise TeamNetError(f"The ramp is a share of the training, 0 to 1; found {self.ramp}.")
+        for name in ("deepest", "others", "leader"):
+            if getattr(self, name) < 0:
+                raise TeamNetError(
+                    f"The label weight {name} must not be negative, found {getattr(self, name)}."
+                )
+        _check_ramp(self.ramp)
+
+    def of(self, member: str, deepest: Iterable[str], progress: float) -> float:
+        """Returns the weight of a member's label loss.
+
+        Args:
+            member: Name of the member.
+            deepest: Names of the Teammates' deepest depths.
+            progress: Share of the training that is done, this step included.
+        """
+        name = "leader" if member == LEADER else "deepest" if member in deepest else "others"
+        weight: float = getattr(self, name)
+        return 1 - ramp_factor(self.ramp, progress) * (1 - weight)
+
+
+@dataclass(frozen=True)
+class Cooperation:
+    """The transfers of a team, and the weights of its losses.
+
+    Attributes:
+        leader: From the Leader to the Teammates.
+        peer: From each Teammate to each other Teammate.
+        sub_networks: Between the depths of each Teammate.
+        ensemble: From the average of the Leader and of the Teammates' deepest depths to the
+            Teammates. In the average, the prediction for an image counts by the probability that it
+            gives to the label, so that strong teachers are not diluted by weak ones.
+        to_leader: From each Teammate's deepest depth to the Leader, as long as it is trained.
+        extra: Any others, by name.
+        labels: Weights of the label losses.
+        member_weights: Factors of all losses of single members, by name, such as ``a/d3: 2.0``.
+    """
+
+    leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.5))
+    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.5))
+    sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.5))
+    ensemble: TeacherEdge = field(default_factory=TeacherEdge)
+    to_leader: Edge = field(default_factory=Edge)
+    extra: list[Transfer] = field(default_factory=list)
+    labels: LabelWeights = field(default_factory=LabelWeights)
+    member_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.member_weights.items():
+            if weight < 0:
+                raise TeamNetError(
+                    f"member_weights: the factor of {name} must not be negative, found {weight}."
+                )
+
+    def edges(self) -> dict[str, Edge]:
+        """Returns the groups of transfers by the names of their fields."""
+        edges = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: edge for name, edge in edges.items() if isinstance(edge, Edge)}
 
     def transfers(
         self, teammates: Mapping[str, Sequence[object]], has_leader: bool
@@ -80,64 +197,120 @@ class Cooperation:
             The transfers with a weight, each between two members.
 
         Raises:
-            TeamNetError: If an extra transfer names an unknown member, teaches the Leader, has a
-                member teach itself or repeats another transfer.
+            TeamNetError: If an extra transfer or a factor names an unknown member, a transfer has a
+                member teach itself or repeats another one.
 
         Example:
-            >>> for transfer in Cooperation().transfers({"a": ["d2", "d0"], "b": ["d2"]}, True):
+            >>> cooperation = Cooperation(leader=TeacherEdge(0.9), peer=PeerEdge(0.1))
+            >>> for transfer in cooperation.transfers({"a": ["d2", "d0"], "b": ["d2"]}, True):
             ...     print(transfer)
             leader->a/d2
+            leader->a/d0
             leader->b/d2
             b/d2->a/d2
+            b/d2->a/d0
             a/d2->b/d2
             a/d2->a/d0
         """
-        deepest = {name: f"{name}/{depths[0]}" for name, depths in teammates.items()}
+        members = {
+            name: [f"{name}/{depth}" for depth in depths] for name, depths in teammates.items()
+        }
+        deepest = {name: depths[0] for name, depths in members.items()}
         transfers: list[Transfer] = []
+        for depths in members.values() if has_leader else ():
+            transfers += _taught_by(LEADER, depths, self.leader)
+        for name, depths in members.items():
+            for peer, peer_depths in members.items():
+                if peer != name:
+                    transfers += _between_peers(peer_depths, depths, self.peer)
+        for depths in members.values():
+            transfers += _within_teammate(depths, self.sub_networks)
+        for depths in members.values():
+            transfers += _taught_by(ENSEMBLE, depths, self.ensemble)
         if has_leader:
-            transfers += _between(self.leader, ["leader"], deepest.values())
-        for student in deepest.values():
-            transfers += _between(self.peer, deepest.values(), [student])
-        for name, depths in teammates.items():
-            transfers += _between(
-                self.sub_networks, [deepest[name]], [f"{name}/{depth}" for depth in depths[1:]]
-            )
-        students = {f"{name}/{depth}" for name, depths in teammates.items() for depth in depths}
-        teachers = students | ({"leader"} if has_leader else set())
+            transfers += [_transfer(self.to_leader, each, LEADER) for each in deepest.values()]
         for extra in self.extra:
             teacher = deepest.get(extra.teacher, extra.teacher)
             student = deepest.get(extra.student, extra.student)
-            if teacher not in teachers or student not in students or teacher == student:
+            transfers.append(_transfer(extra, teacher, student))
+        students = {member for depths in members.values() for member in depths}
+        students |= {LEADER} if has_leader else set()
+        self._check(transfers, students)
+        return tuple(transfer for transfer in transfers if transfer.weight > 0)
+
+    def _check(self, transfers: Sequence[Transfer], members: set[str]) -> None:
+        teachers = members | {ENSEMBLE}
+        for transfer in transfers:
+            teacher, student = transfer.teacher, transfer.student
+            if teacher not in teachers or student not in members or teacher == student:
                 raise TeamNetError(
-                    f"There is no transfer {extra}: the teacher must be one of "
+                    f"There is no transfer {transfer}: the teacher must be one of "
                     f"{', '.join(sorted(teachers))}, and the student another one of "
-                    f"{', '.join(sorted(students))}."
+                    f"{', '.join(sorted(members))}."
                 )
-            transfers += _between(extra, [teacher], [student])
-        transfers = [transfer for transfer in transfers if transfer.weight > 0]
-        name, times = Counter(map(str, transfers)).most_common(1)[0] if transfers else ("", 0)
+        weighted = [str(transfer) for transfer in transfers if transfer.weight > 0]
+        name, times = Counter(weighted).most_common(1)[0] if weighted else ("", 0)
         if times > 1:
             raise TeamNetError(
                 f"There are {times} transfers {name}: set the weight of all but one to 0, or "
                 "combine their losses in a kind of your own."
             )
-        return tuple(transfers)
+        if unknown := self.member_weights.keys() - members:
+            raise TeamNetError(
+                f"member_weights: there is no member {', '.join(sorted(unknown))}; the members are "
+                f"{', '.join(sorted(members))}."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Returns the fields as plain values, each kind by its class path."""
         values = asdict(self)
-        for name in ("leader", "peer", "sub_networks"):
-            values[name]["kind"] = getattr(self, name).kind.describe()
+        for name, edge in self.edges().items():
+            values[name]["kind"] = edge.kind.describe()
         for plain, transfer in zip(values["extra"], self.extra, strict=True):
             plain["kind"] = transfer.kind.describe()
         return values
 
 
-def _between(edge: Edge, teachers: Iterable[str], students: Iterable[str]) -> list[Transfer]:
-    """One transfer from each teacher to each student other than itself."""
+def _transfer(edge: Edge, teacher: str, student: str) -> Transfer:
+    return Transfer(edge.weight, edge.kind, edge.ramp, teacher, student)
+
+
+def _taught_by(teacher: str, depths: Sequence[str], edge: TeacherEdge) -> list[Transfer]:
+    """The transfers from one teacher to the depths of a Teammate."""
+    return [_transfer(edge, teacher, student) for student in _students(depths, edge)]
+
+
+def _students(depths: Sequence[str], edge: TeacherEdge) -> Sequence[str]:
+    return depths if edge.students == "all" else depths[:1]
+
+
+def _between_peers(
+    teachers: Sequence[str], depths: Sequence[str], edge: PeerEdge
+) -> list[Transfer]:
+    """The transfers from the depths of one Teammate to those of another."""
+
+    def teacher_of(student: str) -> str:
+        blocks = [_num_blocks(teacher) for teacher in teachers]
+        as_deep = sum(count >= _num_blocks(student) for count in blocks)
+        return teachers[max(0, as_deep - 1)]
+
     return [
-        Transfer(edge.weight, edge.kind, teacher, student)
-        for teacher in teachers
-        for student in students
-        if teacher != student
+        _transfer(edge, teachers[0] if edge.teachers == "deepest" else teacher_of(student), student)
+        for student in _students(depths, edge)
     ]
+
+
+def _num_blocks(member: str) -> int:
+    return int(member.rpartition("/d")[2])
+
+
+def _within_teammate(depths: Sequence[str], edge: SubNetworkEdge) -> list[Transfer]:
+    """The transfers between the depths of one Teammate."""
+    if edge.teachers == "others":
+        pairs = [(teacher, student) for student in depths for teacher in depths]
+        pairs = [(teacher, student) for teacher, student in pairs if teacher != student]
+    elif edge.teachers == "next":
+        pairs = list(pairwise(depths))
+    else:
+        pairs = [(depths[0], student) for student in depths[1:]]
+    return [_transfer(edge, teacher, student) for teacher, student in pairs]

@@ -124,6 +124,11 @@ class Teammate(
             raise TeamNetError(
                 f"There must be a name for each of {num_classes} classes, found {len(classes)}."
             )
+        if net.net_class() is not ElasticNet:
+            raise TeamNetError(
+                f"Only an elastic net can be deployed, and this Teammate is a {net.net}: take a "
+                "depth of it as a plain net, team.elastic_nets[name].extract(depth)."
+            )
         super().__init__(
             create_backbone(net.without_weights(), num_classes, input_shape[0]),
             input_shape,

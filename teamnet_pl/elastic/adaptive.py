@@ -19,8 +19,8 @@ DepthLike: TypeAlias = Depth | str | int
 class AdaptiveNet(nn.Module, ABC):
     """A net that runs at any of several depths, chosen at run time.
 
-    `ElasticNet` is the one that this package is about; those in `teamnet_pl.baselines` are the other
-    ways to get nets of several sizes.
+    `ElasticNet` is the one that this package is about; `teamnet_pl.baselines` has the other ways to
+    get nets of several sizes.
 
     Attributes:
         depths: The depths, the deepest first.
@@ -54,6 +54,10 @@ class AdaptiveNet(nn.Module, ABC):
     def copied_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yields each parameter that belongs to single depths, with the backbone's original."""
         yield from ()
+
+    def training_depths(self) -> tuple[Depth, ...]:
+        """Lists the depths whose logits a step of training may compute: by default all."""
+        return self.depths
 
     @abstractmethod
     def at(self, depth: DepthLike) -> AbstractContextManager[AdaptiveNet]:

@@ -1,22 +1,47 @@
 """The cooperative loss alone: logits in, a hand-written sum out."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from teamnet_pl.cooperation import Cooperation, CooperativeLoss, Edge, KLDivergence, Transfer
+from teamnet_pl.cooperation import (
+    Cooperation,
+    CooperativeLoss,
+    Edge,
+    KLDivergence,
+    LabelWeights,
+    PeerEdge,
+    SubNetworkEdge,
+    TeacherEdge,
+    Transfer,
+)
 
 CLASSES = 4
 TEAMMATES = {"a": ["d2", "d1", "d0"], "b": ["d2", "d0"]}
 MEMBERS = ["leader", "a/d2", "a/d1", "a/d0", "b/d2", "b/d0"]
 PAIRS = {
-    "leader": [("leader", "a/d2"), ("leader", "b/d2")],
-    "peer": [("a/d2", "b/d2"), ("b/d2", "a/d2")],
+    "leader": [("leader", student) for student in MEMBERS[1:]],
+    "peer": [
+        *[("b/d2", student) for student in ("a/d2", "a/d1", "a/d0")],
+        *[("a/d2", student) for student in ("b/d2", "b/d0")],
+    ],
     "sub_networks": [("a/d2", "a/d1"), ("a/d2", "a/d0"), ("b/d2", "b/d0")],
+    "ensemble": [("ensemble", student) for student in MEMBERS[1:]],
+    "to_leader": [("a/d2", "leader"), ("b/d2", "leader")],
+}
+EDGES = {
+    "leader": TeacherEdge,
+    "peer": PeerEdge,
+    "sub_networks": SubNetworkEdge,
+    "ensemble": TeacherEdge,
+    "to_leader": Edge,
 }
 EXTRA = ("b/d0", "a/d1")
+NO_TRANSFERS = Cooperation(**{group: edge(0.0) for group, edge in EDGES.items()})
 
 
 def make_logits(seed):
@@ -29,11 +54,15 @@ def make_logits(seed):
 
 
 def label_loss(logits, labels):
-    """The sum of the cross-entropies of all members."""
-    log_likelihoods = [
-        values.log_softmax(-1)[range(len(labels)), labels].mean() for values in logits.values()
-    ]
-    return -sum(log_likelihoods)
+    return -logits.log_softmax(-1)[range(len(labels)), labels].mean()
+
+
+def ensemble(logits, labels):
+    """The mixture of the strong members' predictions, each by its probability of the label."""
+    predictions = torch.stack([logits[name].softmax(-1) for name in ("leader", "a/d2", "b/d2")])
+    weights = predictions[:, range(len(labels)), labels]
+    weights = weights / weights.sum(0)
+    return (weights[..., None] * predictions).sum(0).log()
 
 
 def divergence(logits, teacher, student, temperature):
@@ -41,84 +70,167 @@ def divergence(logits, teacher, student, temperature):
     return temperature**2 * (teacher * (teacher / student).log()).sum(-1).mean()
 
 
+def grown(ramp, progress):
+    return min(1.0, progress / ramp) if ramp else 1.0
+
+
 weights = st.floats(0, 3)
 temperatures = st.floats(0.5, 5)
+shares = st.floats(0, 1)
 
 
 @given(
-    edges=st.fixed_dictionaries(dict.fromkeys(PAIRS, st.tuples(weights, temperatures))),
-    extra=st.tuples(weights, temperatures),
-    ramp=st.floats(0, 1),
+    edges=st.fixed_dictionaries(dict.fromkeys(PAIRS, st.tuples(weights, temperatures, shares))),
+    extra=st.tuples(weights, temperatures, shares),
+    label_weights=st.tuples(*[st.floats(0.01, 3)] * 3, shares),
+    factors=st.dictionaries(st.sampled_from(MEMBERS), weights),
     progress=st.floats(0.01, 1),
     seed=st.integers(0, 2**31),
 )
-def test_the_loss_is_the_sum_written_by_hand(edges, extra, ramp, progress, seed):
+def test_the_loss_is_the_sum_written_by_hand(edges, extra, label_weights, factors, progress, seed):
+    weight, temperature, ramp = extra
     cooperation = Cooperation(
         **{
-            group: Edge(weight, KLDivergence(temperature))
-            for group, (weight, temperature) in edges.items()
+            group: EDGES[group](weight, KLDivergence(temperature), ramp)
+            for group, (weight, temperature, ramp) in edges.items()
         },
-        extra=[Transfer(extra[0], KLDivergence(extra[1]), *EXTRA)],
-        ramp=ramp,
+        extra=[Transfer(weight, KLDivergence(temperature), ramp, *EXTRA)],
+        labels=LabelWeights(*label_weights),
+        member_weights=factors,
     )
     criterion = CooperativeLoss(TEAMMATES, cooperation)
     logits, labels = make_logits(seed)
-    expected = label_loss(logits, labels)
-    factor = min(1.0, progress / ramp) if ramp else 1.0
-    for group, (weight, temperature) in edges.items():
-        for teacher, student in PAIRS[group]:
-            expected += factor * weight * divergence(logits, teacher, student, temperature)
-    expected += factor * extra[0] * divergence(logits, *EXTRA, extra[1])
+    expected = 0.0
+    deepest, others, leader, ramp = label_weights
+    for member in MEMBERS:
+        weight = {"leader": leader, "a/d2": deepest, "b/d2": deepest}.get(member, others)
+        weight = 1 + grown(ramp, progress) * (weight - 1)
+        expected += factors.get(member, 1) * weight * label_loss(logits[member], labels)
+    teachers = logits | {"ensemble": ensemble(logits, labels)}
+    groups = [(PAIRS[group], *edge) for group, edge in edges.items()] + [([EXTRA], *extra)]
+    for pairs, weight, temperature, ramp in groups:
+        for teacher, student in pairs:
+            term = divergence(teachers, teacher, student, temperature)
+            expected += factors.get(student, 1) * grown(ramp, progress) * weight * term
     loss = criterion(logits, labels, progress)
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(criterion.total(criterion.terms(logits, labels), progress), loss)
+    torch.testing.assert_close(loss, torch.as_tensor(expected), rtol=1e-9, atol=1e-9)
+    terms = criterion.terms(logits, labels, progress)
+    torch.testing.assert_close(criterion.total(terms, progress), loss)
 
 
 @pytest.mark.parametrize(("progress", "factor"), [(0.1, 0.25), (0.2, 0.5), (0.4, 1), (0.9, 1)])
-def test_progress_below_the_ramp_scales_the_transfers_only(progress, factor):
-    criterion = CooperativeLoss(TEAMMATES, Cooperation(ramp=0.4))
-    logits, labels = make_logits(0)
-    alone = sum(criterion.terms(logits, labels).labels.values())
-    torch.testing.assert_close(alone, label_loss(logits, labels))
-    transfers = criterion(logits, labels) - alone
-    assert transfers > 0.1
-    loss = criterion(logits, labels, progress)
-    torch.testing.assert_close(loss, alone + factor * transfers)
-    assert criterion.ramp(progress) == pytest.approx(factor)
+def test_the_factors_of_ramps(progress, factor):
+    cooperation = Cooperation(
+        leader=TeacherEdge(1.0, ramp=0.4), peer=PeerEdge(0.0), ensemble=TeacherEdge(0.1, ramp=0.0)
+    )
+    ramps = CooperativeLoss(TEAMMATES, cooperation).ramps(progress)
+    assert ramps["leader"] == pytest.approx(factor)
+    assert ramps["ensemble"] == 1
+    assert "peer" not in ramps
 
 
 def test_terms_are_named_and_unweighted():
-    criterion = CooperativeLoss(TEAMMATES, Cooperation(peer=Edge(0.0), sub_networks=Edge(7.0)))
+    cooperation = Cooperation(
+        leader=TeacherEdge(0.5),
+        peer=PeerEdge(0.0),
+        sub_networks=SubNetworkEdge(7.0),
+        labels=LabelWeights(others=0.0, leader=0.3),
+    )
+    criterion = CooperativeLoss(TEAMMATES, cooperation)
     logits, labels = make_logits(1)
     terms = criterion.terms(logits, labels).named()
     pairs = PAIRS["leader"] + PAIRS["sub_networks"]
-    assert list(terms) == [f"ce/{member}" for member in MEMBERS] + [
+    labeled = ["leader", "a/d2", "b/d2"]  # a label loss without a weight is not computed
+    assert list(terms) == [f"ce/{member}" for member in labeled] + [
         f"kd/{teacher}->{student}" for teacher, student in pairs
     ]
-    for member in MEMBERS:
+    for member in labeled:
         torch.testing.assert_close(terms[f"ce/{member}"], F.cross_entropy(logits[member], labels))
     for pair in pairs:
-        expected = divergence(logits, *pair, 2.0)
+        expected = divergence(logits, *pair, 4.0)
         torch.testing.assert_close(terms["kd/{}->{}".format(*pair)], expected)
 
 
-def test_a_frozen_leader_has_no_label_loss():
+@pytest.mark.parametrize(
+    ("finish", "progress", "is_trained"),
+    [(0.0, 0.1, False), (0.5, 0.5, True), (0.5, 0.51, False), (1.0, 1.0, True)],
+)
+def test_a_finished_leader_only_teaches(finish, progress, is_trained):
     logits, labels = make_logits(2)
-    criterion = CooperativeLoss(TEAMMATES, leader_frozen=True)
-    terms = criterion.terms(logits, labels)
-    assert list(terms.labels) == MEMBERS[1:]
-    assert "leader->a/d2" in terms.transfers
+    cooperation = Cooperation(leader=TeacherEdge(0.5), to_leader=Edge(0.5))
+    criterion = CooperativeLoss(TEAMMATES, cooperation, leader_finish=finish)
+    terms = criterion.terms(logits, labels, progress)
+    assert ("leader" in terms.labels) == is_trained
+    assert ("a/d2->leader" in terms.transfers) == is_trained
+    assert {"leader->a/d2", "leader->a/d0"} <= terms.transfers.keys()
+    assert terms.labels.keys() - {"leader"} == set(MEMBERS[1:])
+
+
+@given(present=st.sets(st.sampled_from(MEMBERS), min_size=1), seed=st.integers(0, 2**31))
+def test_members_that_a_step_leaves_out_have_no_terms(present, seed):
+    edges = {group: edge(0.5) for group, edge in EDGES.items() if group != "ensemble"}
+    criterion = CooperativeLoss(TEAMMATES, Cooperation(**edges))
+    logits, labels = make_logits(seed)
+    terms = criterion.terms({name: logits[name] for name in MEMBERS if name in present}, labels)
+    assert terms.labels.keys() == present
+    assert terms.transfers.keys() == {
+        f"{teacher}->{student}"
+        for group in edges
+        for teacher, student in PAIRS[group]
+        if present.issuperset({teacher, student})
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "member"), [({"deepest": 0.0}, "a/d2"), ({"others": 0.0}, "a/d1")]
+)
+def test_a_depth_that_nothing_teaches_is_refused(labels, member):
+    cooperation = dataclasses.replace(NO_TRANSFERS, labels=LabelWeights(**labels))
+    with pytest.raises(ValueError, match=f"Nothing teaches {member}"):
+        CooperativeLoss(TEAMMATES, cooperation)
+
+
+def test_a_step_without_any_loss_is_refused():
+    cooperation = dataclasses.replace(NO_TRANSFERS, labels=LabelWeights(leader=0.0))
+    criterion = CooperativeLoss(TEAMMATES, cooperation)
+    logits, labels = make_logits(8)
+    with pytest.raises(ValueError, match="No term of the loss has a weight"):
+        criterion({"leader": logits["leader"]}, labels)
+
+
+def test_other_logits_may_teach_in_place_of_a_member():
+    criterion = CooperativeLoss(TEAMMATES, Cooperation(leader=TeacherEdge(0.5)))
+    logits, labels = make_logits(6)
+    averaged = {"leader": torch.randn(3, CLASSES, dtype=torch.double)}
+    terms = criterion.terms(logits, labels, teachers=averaged)
+    expected = divergence(logits | averaged, "leader", "a/d1", 4.0)
+    torch.testing.assert_close(terms.transfers["leader->a/d1"], expected)
+    torch.testing.assert_close(terms.labels["leader"], F.cross_entropy(logits["leader"], labels))
+
+
+def test_no_teacher_gets_a_gradient():
+    cooperation = Cooperation(**{group: edge(0.5) for group, edge in EDGES.items()})
+    logits, labels = make_logits(7)
+    logits = {name: values.requires_grad_() for name, values in logits.items()}
+    terms = CooperativeLoss(TEAMMATES, cooperation).terms(logits, labels)
+    for name, term in terms.transfers.items():
+        student = name.partition("->")[2]
+        gradients = torch.autograd.grad(
+            term, list(logits.values()), allow_unused=True, retain_graph=True
+        )
+        moved = [member for member, grad in zip(logits, gradients, strict=True) if grad is not None]
+        assert moved == [student]
 
 
 def test_labels_alone_without_transfers():
-    cooperation = Cooperation(peer=Edge(0.0), sub_networks=Edge(0.0))
-    criterion = CooperativeLoss(TEAMMATES, cooperation, leader=False)
+    criterion = CooperativeLoss(TEAMMATES, NO_TRANSFERS, leader=False)
     logits, labels = make_logits(3)
     del logits["leader"]
     assert criterion.transfers == ()
     for progress in (0.0, 1.0):
         loss = criterion(logits, labels, progress)
-        torch.testing.assert_close(loss, label_loss(logits, labels))
+        expected = sum(label_loss(values, labels) for values in logits.values())
+        torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

@@ -3,7 +3,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer, distillation_loss
+from teamnet_pl.cooperation import (
+    Cooperation,
+    Edge,
+    KLDivergence,
+    LabelWeights,
+    PeerEdge,
+    SubNetworkEdge,
+    TeacherEdge,
+    Transfer,
+    distillation_loss,
+)
 
 TEAMMATES = {"a": ["d2", "d1", "d0"], "b": ["d2", "d0"]}
 
@@ -16,33 +26,94 @@ def edges(cooperation):
     }
 
 
+def kl(temperature):
+    return KLDivergence(temperature)
+
+
+OFF = {
+    "leader": TeacherEdge(0.0),
+    "peer": PeerEdge(0.0),
+    "sub_networks": SubNetworkEdge(0.0),
+}
+
+
 def test_each_group_of_transfers_has_its_weight_and_temperature():
     cooperation = Cooperation(
-        Edge(0.1, KLDivergence(1.0)), Edge(0.2, KLDivergence(2.0)), Edge(0.3, KLDivergence(3.0))
+        leader=TeacherEdge(0.1, kl(1.0)),
+        peer=PeerEdge(0.2, kl(2.0), students="deepest"),
+        sub_networks=SubNetworkEdge(0.3, kl(3.0)),
+        ensemble=TeacherEdge(0.4, kl(4.0), students="deepest"),
+        to_leader=Edge(0.5, kl(5.0)),
     )
     assert edges(cooperation) == {
         ("leader", "a/d2"): (0.1, 1.0),
+        ("leader", "a/d1"): (0.1, 1.0),
+        ("leader", "a/d0"): (0.1, 1.0),
         ("leader", "b/d2"): (0.1, 1.0),
+        ("leader", "b/d0"): (0.1, 1.0),
         ("a/d2", "b/d2"): (0.2, 2.0),
         ("b/d2", "a/d2"): (0.2, 2.0),
         ("a/d2", "a/d1"): (0.3, 3.0),
         ("a/d2", "a/d0"): (0.3, 3.0),
         ("b/d2", "b/d0"): (0.3, 3.0),
+        ("ensemble", "a/d2"): (0.4, 4.0),
+        ("ensemble", "b/d2"): (0.4, 4.0),
+        ("a/d2", "leader"): (0.5, 5.0),
+        ("b/d2", "leader"): (0.5, 5.0),
     }
+
+
+@pytest.mark.parametrize(
+    ("group", "edge", "expected"),
+    [
+        ("leader", TeacherEdge(1.0, students="deepest"), ["leader a/d3", "leader b/d3"]),
+        (
+            "peer",
+            PeerEdge(1.0),
+            ["b/d3 a/d3", "b/d3 a/d1", "a/d3 b/d3", "a/d3 b/d2", "a/d3 b/d0"],
+        ),
+        (
+            "peer",
+            PeerEdge(1.0, teachers="nearest"),
+            ["b/d3 a/d3", "b/d2 a/d1", "a/d3 b/d3", "a/d3 b/d2", "a/d1 b/d0"],
+        ),
+        ("peer", PeerEdge(1.0, students="deepest"), ["b/d3 a/d3", "a/d3 b/d3"]),
+        ("sub_networks", SubNetworkEdge(1.0), ["a/d3 a/d1", "b/d3 b/d2", "b/d3 b/d0"]),
+        (
+            "sub_networks",
+            SubNetworkEdge(1.0, teachers="next"),
+            ["a/d3 a/d1", "b/d3 b/d2", "b/d2 b/d0"],
+        ),
+        (
+            "sub_networks",
+            SubNetworkEdge(1.0, teachers="others"),
+            [
+                *("a/d1 a/d3", "a/d3 a/d1"),
+                *("b/d2 b/d3", "b/d0 b/d3", "b/d3 b/d2", "b/d0 b/d2", "b/d3 b/d0", "b/d2 b/d0"),
+            ],
+        ),
+    ],
+)
+def test_which_depths_teach_and_learn(group, edge, expected):
+    cooperation = Cooperation(**{**OFF, group: edge})
+    teammates = {"a": ["d3", "d1"], "b": ["d3", "d2", "d0"]}
+    transfers = cooperation.transfers(teammates, has_leader=True)
+    assert [f"{each.teacher} {each.student}" for each in transfers] == expected
 
 
 def test_extra_transfers_name_members_or_teammates():
     extra = [
-        Transfer(0.1, KLDivergence(1.0), "a/d1", "a/d0"),
-        Transfer(0.2, KLDivergence(2.0), "a", "b/d0"),
-        Transfer(0.3, KLDivergence(3.0), "leader", "b"),
-        Transfer(0.0, KLDivergence(4.0), "b", "a"),
+        Transfer(0.1, kl(1.0), teacher="a/d1", student="a/d0"),
+        Transfer(0.2, kl(2.0), teacher="a", student="b/d0"),
+        Transfer(0.3, kl(3.0), teacher="leader", student="b"),
+        Transfer(0.0, kl(4.0), teacher="b", student="a"),
+        Transfer(0.5, kl(5.0), teacher="ensemble", student="leader"),
     ]
-    off = Edge(0.0)
-    assert edges(Cooperation(off, off, off, extra)) == {
+    assert edges(Cooperation(**OFF, extra=extra)) == {
         ("a/d1", "a/d0"): (0.1, 1.0),
         ("a/d2", "b/d0"): (0.2, 2.0),
         ("leader", "b/d2"): (0.3, 3.0),
+        ("ensemble", "leader"): (0.5, 5.0),
     }
 
 
@@ -52,19 +123,25 @@ def test_extra_transfers_name_members_or_teammates():
         ("a/d9", "a/d0"),  # unknown members
         ("a/d2", "c"),
         ("", ""),
-        ("a", "leader"),  # the Leader cannot be taught
+        ("a", "ensemble"),  # which is no net
         ("a", "a/d2"),  # a member that teaches itself
         ("b/d0", "b/d0"),
     ],
 )
 def test_transfers_that_are_not_between_two_members_are_refused(teacher, student):
-    cooperation = Cooperation(extra=[Transfer(0.5, KLDivergence(2.0), teacher, student)])
-    with pytest.raises(ValueError, match=f"no transfer {teacher}->{student}: .*a/d1.*b/d0"):
+    cooperation = Cooperation(extra=[Transfer(0.5, teacher=teacher, student=student)])
+    with pytest.raises(ValueError, match=r"no transfer .*->.*: .*a/d1.*b/d0"):
+        cooperation.transfers(TEAMMATES, has_leader=True)
+
+
+def test_a_factor_of_an_unknown_member_is_refused():
+    cooperation = Cooperation(member_weights={"a/d9": 2.0})
+    with pytest.raises(ValueError, match="no member a/d9; the members are a/d0, a/d1"):
         cooperation.transfers(TEAMMATES, has_leader=True)
 
 
 def test_a_missing_leader_cannot_teach():
-    cooperation = Cooperation(extra=[Transfer(0.5, KLDivergence(2.0), "leader", "a/d0")])
+    cooperation = Cooperation(extra=[Transfer(0.5, teacher="leader", student="a/d0")])
     with pytest.raises(ValueError, match="leader->a/d0"):
         cooperation.transfers(TEAMMATES, has_leader=False)
 
@@ -75,8 +152,11 @@ def test_a_missing_leader_cannot_teach():
         (lambda: Edge(weight=-0.1), "negative"),
         (lambda: KLDivergence(temperature=0.0), "> 0"),
         (lambda: KLDivergence(temperature=-1.0), "> 0"),
-        (lambda: Cooperation(ramp=-0.1), "ramp"),
-        (lambda: Cooperation(ramp=1.1), "ramp"),
+        (lambda: Edge(ramp=-0.1), "ramp"),
+        (lambda: Edge(ramp=1.1), "ramp"),
+        (lambda: LabelWeights(ramp=1.1), "ramp"),
+        (lambda: LabelWeights(others=-1.0), "others must not be negative"),
+        (lambda: Cooperation(member_weights={"a/d2": -1.0}), "a/d2 must not be negative"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):

@@ -108,11 +108,11 @@ def plain_nets(team: Team) -> dict[str, tuple[nn.Module, nn.Module]]:
     return nets
 
 
-def logits_by_hand(team: Team, images: Tensor) -> dict[str, Tensor]:
+def logits_by_hand(team: Team, images: Tensor, leader_trains: bool = True) -> dict[str, Tensor]:
     """Logits in training, each member alone in a plain net with the team's own parameters."""
     logits = {}
     for member, (net, plain) in plain_nets(team).items():
-        plain.train(not (member == "leader" and team.leader_frozen))
+        plain.train(member != "leader" or leader_trains)
         names = [name for name, _ in plain.named_parameters()]
         parameters: dict[str, Tensor] = {name: net.get_parameter(name) for name in names}
         logits[member] = functional_call(plain, parameters, (images,))
