@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -45,6 +45,9 @@ class TeammateConfig(BackboneConfig):
         progressive: Share of the training over which the shallower depths join one by one, the
             deeper ones first. Source: progressive shrinking of Cai et al., "Once-for-All"
             (arXiv 1908.09791).
+        shared_gradients: Whether the gradient of a weight is the sum over the depths that share it,
+            or their mean. Source of the mean: gradient equilibrium of Li et al., "Improved
+            Techniques for Training Adaptive Deep Networks" (arXiv 1908.06294).
     """
 
     depths: DepthSpec = 4
@@ -56,6 +59,7 @@ class TeammateConfig(BackboneConfig):
     net: str = "teamnet_pl.elastic.ElasticNet"
     sampled_depths: int | None = None
     progressive: float = 0.0
+    shared_gradients: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         if self.sampled_depths is not None and self.sampled_depths < 0:
@@ -63,6 +67,10 @@ class TeammateConfig(BackboneConfig):
         if not 0 <= self.progressive <= 1:
             raise TeamNetError(
                 f"progressive is a share of the training, 0 to 1; found {self.progressive}."
+            )
+        if self.shared_gradients not in ("sum", "mean"):
+            raise TeamNetError(
+                f"shared_gradients must be sum or mean, found {self.shared_gradients!r}."
             )
 
     def elastic_options(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.cooperation.transfers import Cooperation, ramp_factor
 from teamnet_pl.errors import TeamNetError
 
+_LEAST_LABEL_WEIGHT = 0.1
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -96,7 +98,7 @@ class CooperativeLoss(nn.Module):
         for name, depths in teammates.items():
             for index, depth in enumerate(depths):
                 weight = labels.others if index else labels.deepest
-                if not weight and f"{name}/{depth}" not in students:
+                if weight == 0 and f"{name}/{depth}" not in students:
                     raise TeamNetError(
                         f"Nothing teaches {name}/{depth}: the weight of its labels is 0, and no "
                         "transfer with a weight has it as its student."
@@ -126,12 +128,10 @@ class CooperativeLoss(nn.Module):
             progress: Share of the training that is done, this step included.
             teachers: Logits of teachers that teach in place of the members of these names.
         """
-        cooperation = self.cooperation
         labels = {
             member: F.cross_entropy(values, target, label_smoothing=self.label_smoothing)
             for member, values in logits.items()
-            if self.is_trained(member, progress)
-            and cooperation.labels.of(member, self._deepest, progress) > 0
+            if self.is_trained(member, progress) and self._label_weight(member, progress) > 0
         }
         teaching = {
             name: values.detach() for name, values in {**logits, **(teachers or {})}.items()
@@ -149,6 +149,21 @@ class CooperativeLoss(nn.Module):
             and self.is_trained(transfer.student, progress)
         }
         return LossTerms(labels, transfers)
+
+    def _label_weight(self, member: str, progress: float) -> float:
+        labels = self.cooperation.labels
+        if member == LEADER:
+            weight = labels.leader
+        else:
+            weight = labels.deepest if member in self._deepest else labels.others
+        if weight is not None:
+            return weight
+        taken = sum(
+            transfer.weight * ramp_factor(transfer.ramp, progress)
+            for transfer in self.transfers
+            if transfer.student == member
+        )
+        return max(_LEAST_LABEL_WEIGHT, 1 - taken)
 
     def ramps(self, progress: float) -> dict[str, float]:
         """Returns the factor of each group of transfers that has a weight, 0 to 1.
@@ -175,10 +190,9 @@ class CooperativeLoss(nn.Module):
         Raises:
             TeamNetError: If no term has a weight.
         """
-        cooperation = self.cooperation
-        factors = cooperation.member_weights
+        factors = self.cooperation.member_weights
         weighted = [
-            factors.get(member, 1.0) * cooperation.labels.of(member, self._deepest, progress) * term
+            factors.get(member, 1.0) * self._label_weight(member, progress) * term
             for member, term in terms.labels.items()
         ]
         weighted += [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from teamnet_pl.checkpoints import (
     limit_parameters,
     load_checkpoint,
 )
+from teamnet_pl.cooperation.averaging import AveragedTeachers
 from teamnet_pl.cooperation.building import (
     check_distinct,
     describe_member,
@@ -192,6 +193,21 @@ class Team(LightningModule):
             leader=leader is not None,
             leader_finish=0.0 if self.leader_frozen else schedule.leader_finish,
             label_smoothing=label_smoothing,
+        )
+        self._shared_parameters = [
+            shared
+            for name, config in self._teammate_configs.items()
+            if config.shared_gradients == "mean"
+            for shared in self.elastic_nets[name].shared_parameters()
+        ]
+        self.averaged_teachers = (
+            AveragedTeachers(
+                self.elastic_nets,
+                None if self.leader_frozen else self.leader,
+                cooperation.averaged_teachers,
+            )
+            if cooperation.averaged_teachers
+            else None
         )
         self.metrics = nn.ModuleDict(
             {
@@ -377,6 +393,7 @@ class Team(LightningModule):
         resume_epoch(self.trainer, self)
         log_row(self.trainer, self._unlogged)
         self._unlogged = None
+        self._averaged_step = self.global_step
         self._steps = training_steps(self.trainer, self._epochs)
         schedule = self.schedule_config
         if math.isinf(self._steps) and (schedule.leader_alone or schedule.leader_finish < 1):
@@ -412,7 +429,8 @@ class Team(LightningModule):
         self._guard.before_forward(self)
         with seeded(self._step_seed(batch_idx), images.device):
             logits = self._training_logits(images, progress, batch_idx)
-        terms = self.criterion.terms(logits, target, progress)
+            teachers = self._averaged_logits(logits, images)
+        terms = self.criterion.terms(logits, target, progress, teachers)
         loss = self.criterion.total(terms, progress)
         if self.trainer.world_size > 1 and self._leaves_weights_out():
             loss = self._idle.include(loss, self._trained_parameters())
@@ -450,6 +468,26 @@ class Team(LightningModule):
         depths = self._depths_of_step(progress, batch_idx)
         return logits | member_logits(self.elastic_nets, None, images, depths)
 
+    def _averaged_logits(self, logits: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Runs the averages of the members that take part, other than a finished Leader."""
+        if self.averaged_teachers is None:
+            return {}
+        learning = {
+            member: values
+            for member, values in logits.items()
+            if member != LEADER or not self._leader_teaches_only
+        }
+        return self.averaged_teachers.logits(learning, images)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Moves the averaged teachers after each step of the optimizer."""
+        if self.averaged_teachers is None or self.global_step == self._averaged_step:
+            return
+        self._averaged_step = self.global_step
+        for name in self.averaged_teachers.averages:
+            net = self.leader if name == LEADER else self.teammates[name]
+            self.averaged_teachers.update(name, cast(nn.Module, net))
+
     def _depths_of_step(self, progress: float, batch_idx: int) -> dict[str, list[Depth]]:
         """Chooses the depths of each Teammate, the same in all processes and in a resumed run."""
         depths = {}
@@ -486,6 +524,9 @@ class Team(LightningModule):
             TeamNetError: If one is not finite, unless such steps are skipped.
         """
         self._idle.take_gradients(self._trained_parameters(), self.trainer.strategy)
+        for parameter, number in self._shared_parameters:
+            if parameter.grad is not None:
+                parameter.grad /= number
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         skipped = self._guard.before_step(self, optimizer, self.global_step, has_scaler)
         if self._guard.skips:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
@@ -112,38 +112,24 @@ class SubNetworkEdge(Edge):
 class LabelWeights:
     """Weights of the label losses.
 
+    A weight of None is the rest: 1 minus the weights of the transfers to the member as they have
+    grown so far, and at least 0.1. Labels are then the only teacher as long as the others know
+    nothing, and the weights of all that teaches a member sum up to 1.
+
     Attributes:
         deepest: Of a Teammate's deepest depth.
         others: Of each of its other depths.
         leader: Of the Leader.
-        ramp: Share of the training over which the weights go from 1 to these values: labels are the
-            only teacher as long as the others know nothing.
     """
 
-    deepest: float = 1.0
-    others: float = 1.0
-    leader: float = 1.0
-    ramp: float = 0.0
+    deepest: float | None = None
+    others: float | None = None
+    leader: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("deepest", "others", "leader"):
-            if getattr(self, name) < 0:
-                raise TeamNetError(
-                    f"The label weight {name} must not be negative, found {getattr(self, name)}."
-                )
-        _check_ramp(self.ramp)
-
-    def of(self, member: str, deepest: Iterable[str], progress: float) -> float:
-        """Returns the weight of a member's label loss.
-
-        Args:
-            member: Name of the member.
-            deepest: Names of the Teammates' deepest depths.
-            progress: Share of the training that is done, this step included.
-        """
-        name = "leader" if member == LEADER else "deepest" if member in deepest else "others"
-        weight: float = getattr(self, name)
-        return 1 - ramp_factor(self.ramp, progress) * (1 - weight)
+            if (weight := getattr(self, name)) is not None and weight < 0:
+                raise TeamNetError(f"The label weight {name} must not be negative, found {weight}.")
 
 
 @dataclass(frozen=True)
@@ -161,16 +147,19 @@ class Cooperation:
         extra: Any others, by name.
         labels: Weights of the label losses.
         member_weights: Factors of all losses of single members, by name, such as ``a/d3: 2.0``.
+        averaged_teachers: Decay of moving averages of the Leader and of the Teammates, such as
+            0.999, which teach in their place; 0 for none.
     """
 
-    leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.5))
-    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.5))
-    sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.5))
+    leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.6))
+    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.2))
+    sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.1))
     ensemble: TeacherEdge = field(default_factory=TeacherEdge)
     to_leader: Edge = field(default_factory=Edge)
     extra: list[Transfer] = field(default_factory=list)
     labels: LabelWeights = field(default_factory=LabelWeights)
     member_weights: dict[str, float] = field(default_factory=dict)
+    averaged_teachers: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in self.member_weights.items():
@@ -178,6 +167,11 @@ class Cooperation:
                 raise TeamNetError(
                     f"member_weights: the factor of {name} must not be negative, found {weight}."
                 )
+
+        if not 0 <= self.averaged_teachers < 1:
+            raise TeamNetError(
+                f"averaged_teachers is a decay in [0, 1), found {self.averaged_teachers}."
+            )
 
     def edges(self) -> dict[str, Edge]:
         """Returns the groups of transfers by the names of their fields."""

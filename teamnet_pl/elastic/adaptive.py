@@ -59,6 +59,17 @@ class AdaptiveNet(nn.Module, ABC):
         """Lists the depths whose logits a step of training may compute: by default all."""
         return self.depths
 
+    def shared_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yields each parameter with the number of depths that use it.
+
+        Raises:
+            TeamNetError: If that is not known of this kind of net.
+        """
+        raise TeamNetError(
+            f"A {type(self).__name__} does not know how many depths share a weight: set "
+            "shared_gradients to sum."
+        )
+
     @abstractmethod
     def at(self, depth: DepthLike) -> AbstractContextManager[AdaptiveNet]:
         """Runs the net at one depth within a ``with`` block.

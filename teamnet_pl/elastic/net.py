@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -200,6 +201,21 @@ class ElasticNet(AdaptiveNet):
                 for copied in forward.copies:
                     pairs = zip(copied.parameters(), forward.module.parameters(), strict=True)
                     yield from (pair for pair in pairs if pair[0] is not pair[1])
+
+    def shared_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yields each parameter with the number of depths that use it."""
+        shared = dict.fromkeys(self.backbone.parameters(), len(self.depths))
+        for index, block in enumerate(self.blocks):
+            number = sum(depth.kept[index] for depth in self.depths)
+            parameters = self.backbone.get_submodule(block.name).parameters()
+            shared |= dict.fromkeys(parameters, number)
+        per_stream: Counter[nn.Parameter] = Counter()
+        for forward in self._forwards.values():
+            if isinstance(forward, PerStreamForward):
+                for stream, layer in enumerate([forward.module, *forward.copies]):
+                    for parameter in layer.parameters():
+                        per_stream[parameter] += forward.stream_at.count(stream)
+        yield from (shared | per_stream).items()
 
     def _detach(self) -> None:
         """Takes the forwards off again."""

@@ -40,7 +40,7 @@ class Case:
     """One way to train: edges by group as (weight, temperature, ramp), and the rest."""
 
     edges: dict = field(default_factory=lambda: EDGES)
-    labels: tuple = (1.0, 1.0, 1.0, 0.0)
+    labels: tuple = (None, None, None)
     extra: list = field(default_factory=list)
     team: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
@@ -74,7 +74,7 @@ AHEAD = ScheduleConfig(leader_finish=0.5)
 CASES = {
     "three groups": Case(),
     "all groups": Case(EDGES | {"ensemble": (0.6, 1.5, 0.5), "to_leader": (0.7, 2.5, 0.0)}),
-    "label weights": Case(labels=(0.5, 0.0, 2.0, 0.75)),
+    "label weights": Case(labels=(0.5, 0.0, 2.0)),
     "extra transfers": Case(
         {"sub_networks": (0.1, 2.0, 1.0)},
         extra=[("b/d2", "a/d0", 0.2, 2.5, 0.5), ("leader", "b/d2", 0.4, 1.5, 0.0)],
@@ -137,22 +137,23 @@ class ByHand(pl.Callback):
         logits = logits_by_hand(team, images, leader_trains=leader_learns)
         if not teammates_run:
             logits = {"leader": logits["leader"]}
-        deepest, others, leader, ramp = self.case.labels
-        loss, terms = 0.0, {}
-        for member, values in logits.items():
-            weight = {"leader": leader, "a/d7": deepest, "b/d7": deepest}.get(member, others)
-            weight = 1 + grown(ramp, done) * (weight - 1)
-            if weight and (member != "leader" or leader_learns):
-                term = cross_entropy(values, target, team.criterion.label_smoothing)
-                terms[f"train/ce/{member}"] = term
-                loss = loss + weight * term
-        for (teacher, student), edge in self.case.transfers(set(logits)).items():
+        deepest, others, leader = self.case.labels
+        loss, terms, taken = 0.0, {}, dict.fromkeys(MEMBERS, 0.0)
+        for (teacher, student), edge in self.case.transfers(set(team.members())).items():
             weight, temperature, ramp = edge
-            if student != "leader" or leader_learns:
+            taken[student] += grown(ramp, done) * weight
+            if student in logits and (student != "leader" or leader_learns):
                 teaching = mixture(logits, target) if teacher == "ensemble" else logits[teacher]
                 term = divergence(logits[student], teaching, temperature)
                 terms[f"train/kd/{teacher}->{student}"] = term
                 loss = loss + grown(ramp, done) * weight * term
+        for member, values in logits.items():
+            weight = {"leader": leader, "a/d7": deepest, "b/d7": deepest}.get(member, others)
+            weight = max(0.1, 1 - taken[member]) if weight is None else weight
+            if weight and (member != "leader" or leader_learns):
+                term = cross_entropy(values, target, team.criterion.label_smoothing)
+                terms[f"train/ce/{member}"] = term
+                loss = loss + weight * term
         parameters = [parameter for parameter in team.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         ramps = {

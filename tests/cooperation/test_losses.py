@@ -82,7 +82,7 @@ shares = st.floats(0, 1)
 @given(
     edges=st.fixed_dictionaries(dict.fromkeys(PAIRS, st.tuples(weights, temperatures, shares))),
     extra=st.tuples(weights, temperatures, shares),
-    label_weights=st.tuples(*[st.floats(0.01, 3)] * 3, shares),
+    label_weights=st.tuples(*[st.none() | st.floats(0.01, 3)] * 3),
     factors=st.dictionaries(st.sampled_from(MEMBERS), weights),
     progress=st.floats(0.01, 1),
     seed=st.integers(0, 2**31),
@@ -101,17 +101,19 @@ def test_the_loss_is_the_sum_written_by_hand(edges, extra, label_weights, factor
     criterion = CooperativeLoss(TEAMMATES, cooperation)
     logits, labels = make_logits(seed)
     expected = 0.0
-    deepest, others, leader, ramp = label_weights
-    for member in MEMBERS:
-        weight = {"leader": leader, "a/d2": deepest, "b/d2": deepest}.get(member, others)
-        weight = 1 + grown(ramp, progress) * (weight - 1)
-        expected += factors.get(member, 1) * weight * label_loss(logits[member], labels)
+    taken = dict.fromkeys(MEMBERS, 0.0)
     teachers = logits | {"ensemble": ensemble(logits, labels)}
     groups = [(PAIRS[group], *edge) for group, edge in edges.items()] + [([EXTRA], *extra)]
     for pairs, weight, temperature, ramp in groups:
         for teacher, student in pairs:
             term = divergence(teachers, teacher, student, temperature)
             expected += factors.get(student, 1) * grown(ramp, progress) * weight * term
+            taken[student] += grown(ramp, progress) * weight
+    deepest, others, leader = label_weights
+    for member in MEMBERS:
+        weight = {"leader": leader, "a/d2": deepest, "b/d2": deepest}.get(member, others)
+        weight = max(0.1, 1 - taken[member]) if weight is None else weight
+        expected += factors.get(member, 1) * weight * label_loss(logits[member], labels)
     loss = criterion(logits, labels, progress)
     torch.testing.assert_close(loss, torch.as_tensor(expected), rtol=1e-9, atol=1e-9)
     terms = criterion.terms(logits, labels, progress)

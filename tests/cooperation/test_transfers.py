@@ -154,7 +154,6 @@ def test_a_missing_leader_cannot_teach():
         (lambda: KLDivergence(temperature=-1.0), "> 0"),
         (lambda: Edge(ramp=-0.1), "ramp"),
         (lambda: Edge(ramp=1.1), "ramp"),
-        (lambda: LabelWeights(ramp=1.1), "ramp"),
         (lambda: LabelWeights(others=-1.0), "others must not be negative"),
         (lambda: Cooperation(member_weights={"a/d2": -1.0}), "a/d2 must not be negative"),
     ],
