@@ -16,7 +16,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 from teamnet_pl.backbones import CifarResNet
 from teamnet_pl.elastic import DepthSpec, ElasticNet
-from teamnet_pl.elastic.net import DepthLike
+from teamnet_pl.elastic.adaptive import DepthLike
 
 # Nets of the libraries, for images of 32² and 5 classes, by the layers of each stage
 
