@@ -262,10 +262,10 @@ class PerStreamForward(ElasticForward):
 
     def __call__(self, features: Tensor) -> Any:
         """Runs the rows of each stream, shape ``(rows, ...)`` in and out."""
-        depths = [depth for depth in self.selection.depths if depth < len(self.stream_at)]
-        streams = dict.fromkeys(self.stream_at[depth] for depth in depths)
+        stream_at = self.stream_at
+        streams = sorted({stream_at[i] for i in self.selection.depths if i < len(stream_at)})
         layers = [self.run_original, *self.copies]
         if len(streams) == 1:
-            return layers[next(iter(streams))](features)
+            return layers[streams[0]](features)
         parts = zip(streams, features.chunk(len(streams)), strict=True)
         return torch.cat([layers[stream](rows) for stream, rows in parts])

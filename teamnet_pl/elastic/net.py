@@ -279,7 +279,8 @@ class ElasticNet(AdaptiveNet):
 
         The results, their gradients and the running statistics are those of one forward for each
         of these depths; the parts that several of them have in common are computed once, and what
-        none of them has is not run. Dropout and stochastic depth draw for each stream.
+        belongs only to others is left alone. Dropout and stochastic depth draw for each stream.
+        Compiled, each choice of depths has a graph of its own.
 
         Args:
             images: Shape ``(N, channels, height, width)``.
