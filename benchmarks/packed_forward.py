@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def blocks_ratio(net: ElasticNet) -> float:
     """Divides the number of skippable blocks that the loop runs by that of the packed step."""
     forwards = [f for f in net._forwards.values() if isinstance(f, SkippableForward)]
     return sum(depth.num_blocks for depth in net.depths) / sum(
-        forward.fork.num_running for forward in forwards
+        len(set(compress(forward.arriving, forward.kept))) for forward in forwards
     )
 
 

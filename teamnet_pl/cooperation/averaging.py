@@ -28,9 +28,10 @@ class AveragedTeachers(nn.Module):
     ) -> None:
         super().__init__()
         nets = dict(teammates) | ({} if leader is None else {LEADER: leader})
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averages = nn.ModuleDict(
             {
-                name: AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+                name: AveragedModel(net, multi_avg_fn=average, use_buffers=True)
                 for name, net in nets.items()
             }
         )

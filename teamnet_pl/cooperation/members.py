@@ -66,9 +66,7 @@ def member_logits(
         logits[LEADER] = at_least_single(leader(images))
     for name, net in teammates.items():
         run = net.depths if depths is None else depths[name]
-        packed = at_least_single(
-            net.packed(images) if tuple(run) == net.depths else net.packed(images, run)
-        )
+        packed = at_least_single(net.packed(images, run))
         logits |= {f"{name}/{depth}": values for depth, values in zip(run, packed, strict=True)}
     return logits
 

@@ -451,7 +451,7 @@ class Team(LightningModule):
 
     def _forget_logged(self, terms: Mapping[str, Tensor]) -> None:
         """Keeps Lightning from logging the last values of terms again that this step lacks."""
-        results = self.trainer._results or {}
+        results: dict[str, Any] = self.trainer._results or {}
         for key in list(results):
             name = key.removeprefix("training_step.train/")
             if name.startswith(("ce/", "kd/")) and name not in terms:

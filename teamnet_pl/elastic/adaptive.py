@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -46,6 +47,17 @@ class AdaptiveNet(nn.Module, ABC):
             f"This net has the depths {', '.join(known.name for known in self.depths)}; {depth!s} "
             "is none of them."
         )
+
+    def _indices(self, depths: Sequence[DepthLike] | None) -> tuple[int, ...]:
+        if depths is None:
+            return tuple(range(len(self.depths)))
+        indices = tuple(self._index(depth) for depth in depths)
+        if not indices or any(index >= after for index, after in pairwise(indices)):
+            listed = ", ".join(self.depths[index].name for index in indices) or "none"
+            raise TeamNetError(
+                f"Name at least one depth, the deepest first, each once; found {listed}."
+            )
+        return indices
 
     @abstractmethod
     def models(self) -> list[nn.Module]:
@@ -104,7 +116,8 @@ class AdaptiveNet(nn.Module, ABC):
             Logits of each of these depths, shape ``(depths, N, classes)``.
 
         Raises:
-            TeamNetError: If the net has no such depth, or the depths are not in order.
+            TeamNetError: If there are no depths, the net has no such depth, or they are not in
+                order.
         """
 
     @abstractmethod

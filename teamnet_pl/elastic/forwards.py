@@ -5,35 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from teamnet_pl.elastic.plan import Expansion, Fork, pass_through
+from teamnet_pl.elastic.plan import Expansion, StreamAt, pass_through
 from teamnet_pl.errors import TeamNetError
 
 
 @dataclass
 class Selection:
-    """The depth that all forwards of one net run at: its index, or None for all of them, packed."""
+    """The depths that all forwards of one net run, packed: their indices, the deepest first."""
 
-    depth: int | None = 0
+    depths: tuple[int, ...] = (0,)
 
     @contextmanager
-    def at(self, depth: int | None) -> Iterator[None]:
-        """Selects another depth within a ``with`` block."""
-        before = self.depth
-        self.depth = depth
+    def at(self, depths: tuple[int, ...]) -> Iterator[None]:
+        """Selects other depths within a ``with`` block."""
+        before = self.depths
+        self.depths = depths
         try:
             yield
         finally:
-            self.depth = before
+            self.depths = before
 
     def __reduce__(self) -> tuple[type[Selection], tuple[()]]:
-        """Leaves the depth out of a copy, which is not within the scope of the original."""
+        """Leaves the depths out of a copy, which is not within the scope of the original."""
         return Selection, ()
 
 
@@ -54,7 +54,7 @@ class ElasticForward:
         """A forward that was set on the module itself before."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the module at the selected depth."""
+        """Runs the module at the selected depths."""
         return self.run(*args, **kwargs)
 
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,16 +69,16 @@ class ElasticForward:
             return self.run_original(*args, **kwargs)
         if torch.compiler.is_compiling():
             return checkpoint(self.run_original, *args, use_reentrant=False, **kwargs)
-        depth = self.selection.depth
+        depths = self.selection.depths
 
-        def run_at_depth(*args: Any, **kwargs: Any) -> Any:
-            with self.selection.at(depth):
+        def run_at_depths(*args: Any, **kwargs: Any) -> Any:
+            with self.selection.at(depths):
                 return self.run_original(*args, **kwargs)
 
         def contexts() -> tuple[Any, Any]:
             return nullcontext(), self._statistics_kept()
 
-        return checkpoint(run_at_depth, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(run_at_depths, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
@@ -104,34 +104,36 @@ class SkippableForward(ElasticForward):
         selection: Selection,
         grad_checkpointing: bool,
         kept: tuple[bool, ...],
-        fork: Fork,
+        arriving: StreamAt,
         passthrough: int,
         has_batch_axis: tuple[bool, ...],
     ) -> None:
         super().__init__(module, selection, grad_checkpointing)
         self.kept = kept  # at each depth
-        self.fork = fork
+        self.arriving = arriving
         self.passthrough = passthrough
         self.has_batch_axis = has_batch_axis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the block on the rows that run it and returns those and the rows that bypass it."""
-        depth, fork = self.selection.depth, self.fork
-        if depth is not None:
-            kept = self.kept[depth]
-            return self.run(*args, **kwargs) if kept else pass_through(self.passthrough, args)
-        if fork.bypass_start == fork.num_streams:
+        depths = self.selection.depths
+        running = {self.arriving[depth] for depth in depths if self.kept[depth]}
+        bypassing = {self.arriving[depth] for depth in depths if not self.kept[depth]}
+        if not bypassing:
             return self.run(*args, **kwargs)
+        if not running:
+            return pass_through(self.passthrough, args)
+        fork = _Fork(len(running | bypassing), len(running), len(bypassing))
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            running, bypassing = self._split(args[0])
-            return torch.cat([self.run(running), bypassing])
-        return self._run_on_trees(args, kwargs)
+            features, bypass = fork.split(args[0])
+            return torch.cat([self.run(features), bypass])
+        return self._run_on_trees(fork, args, kwargs)
 
-    def _run_on_trees(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_on_trees(self, fork: _Fork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Splits the tensors with a batch axis anywhere in the arguments, and joins the outputs."""
         leaves, tree = _flatten(self, args, kwargs, self.has_batch_axis)
         splits = [
-            self._split(leaf) if has_batch_axis else (leaf, leaf)
+            fork.split(leaf) if has_batch_axis else (leaf, leaf)
             for leaf, has_batch_axis in zip(leaves, self.has_batch_axis, strict=True)
         ]
         (running_args, running_kwargs), (bypassing_args, _) = (
@@ -148,10 +150,20 @@ class SkippableForward(ElasticForward):
         ]
         return tree_unflatten(joined, tree)
 
-    def _split(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        rows = len(features) // self.fork.num_streams
+
+class _Fork(NamedTuple):
+    """The way of the streams that arrive at a block; one of them may both run and bypass it."""
+
+    num_streams: int
+    num_running: int
+    num_bypassing: int
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the rows that run the block and the rows that bypass it."""
+        rows = len(features) // self.num_streams
+        bypass_start = self.num_streams - self.num_bypassing
         running_and_bypassing: tuple[Tensor, Tensor] = _SplitRows.apply(
-            features, self.fork.num_running * rows, self.fork.bypass_start * rows
+            features, self.num_running * rows, bypass_start * rows
         )
         return running_and_bypassing
 
@@ -198,19 +210,24 @@ class ExpandingForward(ElasticForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module on all streams that are inside it."""
-        if self.selection.depth is not None:
+        outside, inside = self.expansion.outside, self.expansion.inside
+        # For each stream inside, the one that it comes from.
+        sources = [*{inside[depth]: outside[depth] for depth in self.selection.depths}.values()]
+        if len(sources) == len(set(sources)):
             return self.run_original(*args, **kwargs)
         leaves, tree = _flatten(self, args, kwargs, self.has_batch_axis)
         leaves = [
-            self._expand(leaf) if has_batch_axis else leaf
+            _expand(leaf, sources) if has_batch_axis else leaf
             for leaf, has_batch_axis in zip(leaves, self.has_batch_axis, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, tree)
         return self.run_original(*args, **kwargs)
 
-    def _expand(self, features: Tensor) -> Tensor:
-        streams = features.chunk(self.expansion.num_streams)
-        return torch.cat([streams[source] for source in self.expansion.sources])
+
+def _expand(features: Tensor, sources: list[int]) -> Tensor:
+    arriving = dict.fromkeys(sources)
+    rows = dict(zip(arriving, features.chunk(len(arriving)), strict=True))
+    return torch.cat([rows[source] for source in sources])
 
 
 def _flatten(
@@ -237,18 +254,18 @@ class PerStreamForward(ElasticForward):
         module: nn.Module,
         selection: Selection,
         copies: nn.ModuleList,
-        stream_at: tuple[int, ...],
+        stream_at: StreamAt,
     ) -> None:
         super().__init__(module, selection)
         self.copies = copies
-        self.stream_at = stream_at  # at each depth that runs the layer
+        self.stream_at = stream_at
 
     def __call__(self, features: Tensor) -> Any:
         """Runs the rows of each stream, shape ``(rows, ...)`` in and out."""
-        depth = self.selection.depth
-        if depth is not None:
-            stream = self.stream_at[depth]
-            return self.copies[stream - 1](features) if stream else self.run_original(features)
-        first, *others = features.chunk(len(self.copies) + 1)
-        outputs = [layer(rows) for layer, rows in zip(self.copies, others, strict=True)]
-        return torch.cat([self.run_original(first), *outputs])
+        stream_at = self.stream_at
+        streams = sorted({stream_at[i] for i in self.selection.depths if i < len(stream_at)})
+        layers = [self.run_original, *self.copies]
+        if len(streams) == 1:
+            return layers[streams[0]](features)
+        parts = zip(streams, features.chunk(len(streams)), strict=True)
+        return torch.cat([layers[stream](rows) for stream, rows in parts])

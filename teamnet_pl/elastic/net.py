@@ -77,6 +77,8 @@ class ElasticNet(AdaptiveNet):
         torch.Size([4, 10])
         >>> net.packed(images).shape  # all depths in one pass
         torch.Size([3, 4, 10])
+        >>> net.packed(images, ["d5", "d0"]).shape
+        torch.Size([2, 4, 10])
         >>> with net.at("d2"):
         ...     net(images).shape
         torch.Size([4, 10])
@@ -147,7 +149,7 @@ class ElasticNet(AdaptiveNet):
                 self._selection,
                 self.grad_checkpointing,
                 tuple(depth.kept[index] for depth in self.depths),
-                plan.forks[block.name],
+                plan.arriving[block.name],
                 block.passthrough,
                 trace.has_batch_axis[block.name],
             )
@@ -161,8 +163,8 @@ class ElasticNet(AdaptiveNet):
             )
 
     def _add_per_stream_forwards(self, plan: Plan, per_depth_affine: bool) -> None:
-        for name, streams in plan.streams.items():
-            num_copies = len(streams.starts) - 1
+        for name, stream_at in plan.coupled.items():
+            num_copies = stream_at[-1]
             if not num_copies:
                 continue
             layer = self.backbone.get_submodule(name)
@@ -171,9 +173,7 @@ class ElasticNet(AdaptiveNet):
                 _share_parameters(copies, layer)
             # Module names cannot hold dots.
             self.norms[name.replace(".", "-")] = copies
-            self._forwards[name] = PerStreamForward(
-                layer, self._selection, copies, streams.stream_at
-            )
+            self._forwards[name] = PerStreamForward(layer, self._selection, copies, stream_at)
 
     def _add_checkpointing_forwards(self) -> None:
         for name in self._siblings_of_blocks():
@@ -256,10 +256,10 @@ class ElasticNet(AdaptiveNet):
         return [self.backbone]
 
     @contextmanager
-    def _selected(self, index: int | None) -> Iterator[None]:
+    def _selected(self, indices: tuple[int, ...]) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             self._install()
-        with self._selection.at(index):
+        with self._selection.at(indices):
             yield
 
     @contextmanager
@@ -275,7 +275,7 @@ class ElasticNet(AdaptiveNet):
         Raises:
             TeamNetError: If the net has no such depth.
         """
-        with self._selected(self._index(depth)):
+        with self._selected((self._index(depth),)):
             yield self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -290,22 +290,30 @@ class ElasticNet(AdaptiveNet):
         logits: Tensor = self.backbone(images)
         return logits
 
-    def packed(self, images: Tensor) -> Tensor:
-        """Runs all depths in one pass.
+    def packed(self, images: Tensor, depths: Sequence[DepthLike] | None = None) -> Tensor:
+        """Runs several depths in one pass.
 
         The results, their gradients and the running statistics are those of one forward for each
-        depth; the parts that several depths have in common are computed once. Dropout and
-        stochastic depth draw for each stream.
+        of these depths; the parts that several of them have in common are computed once, and what
+        belongs only to others is left alone. Dropout and stochastic depth draw for each stream.
+        Compiled, each choice of depths has a graph of its own.
 
         Args:
             images: Shape ``(N, channels, height, width)``.
+            depths: The depths to run, the deepest first, each one of `depths`, its name or its
+                number of blocks; all by default.
 
         Returns:
-            Logits of each depth, the deepest first, shape ``(depths, N, classes)``.
+            Logits of each of these depths, in their order, shape ``(depths, N, classes)``.
+
+        Raises:
+            TeamNetError: If there are no depths, the net has no such depth, or they are not in
+                order.
         """
-        with self._selected(None):
+        indices = self._indices(depths)
+        with self._selected(indices):
             logits: Tensor = self.backbone(images)
-        return logits.view(len(self.depths), len(images), logits.shape[-1])
+        return logits.view(len(indices), len(images), logits.shape[-1])
 
     def view(self, depth: DepthLike) -> ElasticNet:
         """Makes a net that stays at one depth and has the very same weights.
@@ -327,7 +335,7 @@ class ElasticNet(AdaptiveNet):
         self._install()
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         view = copy.deepcopy(self, shared)
-        view._selection.depth = index
+        view._selection.depths = (index,)
         return view
 
     def extract(self, depth: DepthLike) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The plan of a packed forward: all depths of a net in one pass over a batch of streams.
+"""The plan of a packed forward: many depths of a net in one pass over a batch of streams.
 
 The batch axis carries streams, one for each distinct prefix of blocks so far, the deepest first.
 The depths that run a block are always the first ones, so a block runs on the first rows of its
@@ -9,17 +9,17 @@ Where the features of a net branch around a block, or the net remembers their ba
 branches must have the same streams. Then the streams fork earlier: where the net enters a module
 around the block, or at the latest where the net itself begins.
 
-Everything here is plain data, fixed before the first forward. What a layer does with the rows that
-arrive depends on nothing but their number, so there is no state to carry from one layer to the
-next.
+Everything here is plain data, fixed before the first forward. Streams are those of all depths; a
+pass of some depths has the streams that carry one of them. What a layer does with the rows that
+arrive depends on nothing but their number and these depths, so there is no state to carry from one
+layer to the next.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from teamnet_pl.elastic.depths import Depth
 from teamnet_pl.errors import TeamNetError
@@ -74,20 +74,8 @@ class Trace:
         ]
 
 
-@dataclass(frozen=True)
-class Fork:
-    """The way of the streams that arrive at a block.
-
-    Attributes:
-        num_streams: Number of streams that arrive.
-        num_running: Number of streams, from the first, that run the block.
-        bypass_start: Index of the first stream that (also) bypasses the block; ``num_streams`` if
-            none does.
-    """
-
-    num_streams: int
-    num_running: int
-    bypass_start: int
+StreamAt: TypeAlias = tuple[int, ...]
+"""For each depth that gets to a place in the net, the deepest first, the index of its stream."""
 
 
 @dataclass(frozen=True)
@@ -95,30 +83,12 @@ class Expansion:
     """The streams at the entry of a module around blocks, where they fork early.
 
     Attributes:
-        num_streams: Number of streams that arrive.
-        sources: For each stream inside the module, the index of the stream that it comes from.
+        outside: The streams that arrive.
+        inside: The streams inside the module.
     """
 
-    num_streams: int
-    sources: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The streams at a layer.
-
-    Attributes:
-        starts: For each stream, the index of the deepest depth that it carries.
-        num_depths: Number of depths, from the deepest, that run the layer.
-    """
-
-    starts: tuple[int, ...]
-    num_depths: int
-
-    @property
-    def stream_at(self) -> tuple[int, ...]:
-        """For each depth that runs the layer, the index of its stream."""
-        return tuple(bisect_right(self.starts, depth) - 1 for depth in range(self.num_depths))
+    outside: StreamAt
+    inside: StreamAt
 
 
 @dataclass(frozen=True)
@@ -126,14 +96,14 @@ class Plan:
     """The streams of a net, fixed by its depths.
 
     Attributes:
-        forks: By block.
+        arriving: By block, the streams that arrive at it.
         expansions: By module around blocks, where the streams fork earlier than at a block.
-        streams: By layer that couples samples.
+        coupled: By layer that couples samples, the streams that it runs.
     """
 
-    forks: dict[str, Fork] = field(default_factory=dict)
+    arriving: dict[str, StreamAt] = field(default_factory=dict)
     expansions: dict[str, Expansion] = field(default_factory=dict)
-    streams: dict[str, Streams] = field(default_factory=dict)
+    coupled: dict[str, StreamAt] = field(default_factory=dict)
 
 
 def num_fork_levels(trace: Trace) -> int:
@@ -163,14 +133,10 @@ def plan_streams(depths: Sequence[Depth], trace: Trace, level: int = 0) -> Plan:
 
 
 class _Planner:
-    """Follows the streams through the calls of one forward pass and writes the plan.
-
-    Streams are given as in `Streams.starts`.
-    """
+    """Follows the streams through the calls of one forward pass and writes the plan."""
 
     def __init__(self, depths: Sequence[Depth], trace: Trace, level: int) -> None:
         self.plan = Plan()
-        self._num_depths = len(depths)
         self._coupling = trace.coupling
         # The depths that run a block are the first ones, so their number names them.
         self._num_depths_running = {
@@ -178,18 +144,21 @@ class _Planner:
             for index, block in enumerate(trace.blocks)
         }
         self._fork_points = _fork_points(trace, self._num_depths_running, level)
-        self._streams: tuple[int, ...] = (0,)
+        self._streams: StreamAt = (0,) * len(depths)
         self._block: str | None = None
         """The block that the pass is in."""
-        self._streams_after_block: tuple[int, ...] = self._streams
+        self._streams_after_block = self._streams
 
     def enter(self, name: str) -> None:
         """Plans a call that begins."""
-        forked = self._forked_at(name)
+        arriving, forked = self._streams, self._forked_at(name)
         if name in self._num_depths_running:
-            self._fork(name, forked)
-        elif forked != self._streams:
-            self._expand(name, forked)
+            self.plan.arriving[name] = arriving
+            self._streams = arriving[: self._num_depths_running[name]]
+            self._block, self._streams_after_block = name, forked
+        elif forked != arriving:
+            self.plan.expansions[name] = Expansion(arriving, forked)
+            self._streams = forked
         if name in self._coupling:
             self._separate(name)
 
@@ -198,36 +167,27 @@ class _Planner:
         if name == self._block:
             self._streams, self._block = self._streams_after_block, None
 
-    def _forked_at(self, name: str) -> tuple[int, ...]:
+    def _forked_at(self, name: str) -> StreamAt:
         """The streams once those that fork at a module have forked."""
-        starts = {
-            self._num_depths_running[block]
-            for block, point in self._fork_points.items()
-            if point == name
-        }
-        return tuple(sorted({*self._streams, *starts} - {self._num_depths}))
-
-    def _fork(self, block: str, forked: tuple[int, ...]) -> None:
-        num_streams = len(self._streams)
-        num_running = bisect_left(self._streams, self._num_depths_running[block])
-        num_shared = len(forked) - num_streams
-        self.plan.forks[block] = Fork(num_streams, num_running, num_running - num_shared)
-        self._streams, self._block = self._streams[:num_running], block
-        self._streams_after_block = forked
-
-    def _expand(self, module: str, forked: tuple[int, ...]) -> None:
-        sources = tuple(bisect_right(self._streams, start) - 1 for start in forked)
-        self.plan.expansions[module] = Expansion(len(self._streams), sources)
-        self._streams = forked
+        streams = self._streams
+        for block, point in self._fork_points.items():
+            if point == name:
+                streams = _fork(streams, self._num_depths_running[block])
+        return streams
 
     def _separate(self, layer: str) -> None:
-        num_depths = self._num_depths_running[self._block] if self._block else self._num_depths
-        streams = Streams(self._streams, num_depths)
-        if self.plan.streams.setdefault(layer, streams) != streams:
+        if self.plan.coupled.setdefault(layer, self._streams) != self._streams:
             raise TeamNetError(
                 f"{layer} runs in several places, with different depths in each, so its running "
                 "statistics cannot be kept. Give each place a layer of its own."
             )
+
+
+def _fork(streams: StreamAt, num_running: int) -> StreamAt:
+    """The streams once the first depths have no stream in common with the others."""
+    running, others = streams[:num_running], streams[num_running:]
+    forks = running[-1:] == others[:1]
+    return running + tuple(stream + forks for stream in others)
 
 
 def _fork_points(trace: Trace, blocks: Collection[str], level: int) -> dict[str, str]:

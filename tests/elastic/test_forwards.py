@@ -11,12 +11,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from teamnet_pl.elastic import DepthPolicy, ElasticNet, depth_costs
 from tests.helpers.nets import (
     basic_resnet,
     block_names,
     make_backbone,
+    make_elastic,
     plain_at,
     resnet,
     swin,
@@ -488,6 +490,27 @@ def two_stages():
     return make_backbone(stages=[(2, False), (3, False)]).stages
 
 
+class AddsToTwo(nn.Module):
+    """As in transformers: features in, features out, by a norm that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x, other):
+        x = x + self.conv(other)
+        return x, other + self.conv(x)
+
+
+class Pairs(Chain):
+    def forward(self, x):
+        x = self.stem(x)
+        pair = x, 2 * x
+        for block in self.stages:
+            pair = block(*pair)
+        return self.head(sum(pair).mean((2, 3)))
+
+
 def branched(kind):
     first, second = two_stages()
     if kind == "remembers":
@@ -498,6 +521,8 @@ def branched(kind):
         return Branches(first, second, *two_stages()).double()
     if kind == "adds_stem":
         return AddsStem(first, second).double()
+    if kind == "pairs":
+        return Pairs(*(AddsToTwo() for _ in range(5))).double()
     return Chain(first, second).double()
 
 
@@ -564,14 +589,98 @@ def test_backbone_that_cannot_run_its_depths_together():
     assert not any("forward" in vars(module) for module in backbone.modules())
 
 
+# Some of the depths
+
+
+@st.composite
+def subsets(draw, net):
+    """Some depths of a net, the deepest first."""
+    indices = draw(st.sets(st.integers(0, len(net.depths) - 1), min_size=1))
+    return [net.depths[index] for index in sorted(indices)]
+
+
+def compare_with_each_alone(net, depths, size=(9, 10)):
+    """Compares a packed pass of some depths with a forward and backward of a copy for each."""
+    copies = [copy.deepcopy(net) for _ in depths]
+    before = copy.deepcopy(dict(net.named_buffers()))
+    images = torch.randn(3, 3, *size).double()
+    gradients = torch.randn(len(depths), 3, 5).double()
+    logits = net.packed(images, depths)
+    logits.backward(gradients)
+
+    expected = []
+    for alone, depth, gradient in zip(copies, depths, gradients, strict=True):
+        with alone.at(depth):
+            expected.append(alone(images))
+        expected[-1].backward(gradient)
+    close(logits, torch.stack(expected), "logits")
+    for name, parameter in net.named_parameters():
+        of_each = [alone.get_parameter(name).grad for alone in copies]
+        of_each = [gradient for gradient in of_each if gradient is not None]
+        close(parameter.grad, sum(of_each) if of_each else None, f"gradient of {name}")
+    for name, buffer in net.named_buffers():
+        of_each = [alone.get_buffer(name) for alone in copies]
+        moved = [value for value in of_each if not torch.equal(value, before[name])]
+        close(buffer, (moved or [before[name]])[0], f"{name} of the statistics")
+
+
+@given(
+    case=cases(),
+    options=st.fixed_dictionaries({n: st.booleans() for n in ("affine", "checkpointing")}),
+    training=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_some_depths_equal_one_forward_for_each(case, options, training, data):
+    net = make_elastic(
+        make_backbone(case.kind, case.stages, case.norm),
+        case.depths,
+        SHAPE,
+        policy=case.policy,
+        per_depth_affine=options["affine"],
+        grad_checkpointing=options["checkpointing"],
+    ).train(training)
+    net.zero_grad()
+    for _ in range(2):  # of different depths, one after the other
+        compare_with_each_alone(net, data.draw(subsets(net), label="depths"))
+        net.zero_grad()
+
+
+@given(
+    kind=st.sampled_from(["remembers", "concatenates", "exchanges", "adds_stem", "pairs"]),
+    policy=st.sampled_from(POLICIES),
+    grad_checkpointing=st.booleans(),
+    training=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_some_depths_where_features_branch(kind, policy, grad_checkpointing, training, data):
+    options = {"policy": policy, "grad_checkpointing": grad_checkpointing}
+    net = make_elastic(branched(kind), 4, SHAPE, **options).train(training)
+    net.zero_grad()
+    compare_with_each_alone(net, data.draw(subsets(net), label="depths"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_depths_by_name_equal_all_depths(training):
+    net = make_elastic(make_backbone(), 4, SHAPE).train(training)
+    other = copy.deepcopy(net)
+    images = torch.randn(2, *SHAPE).double()
+    first, second, third, last = net.depths
+    named = other.packed(images, (first, second.name, third.num_blocks, last))
+    assert torch.equal(named, net.packed(images))
+    assert all(map(torch.equal, net.buffers(), other.buffers()))
+
+
 # Work that is shared
 
 
-@given(case=cases(kinds=["residual", "transformer"]))
-@settings(max_examples=20, deadline=None)
-def test_blocks_that_depths_have_in_common_run_once(case):
+@given(case=cases(kinds=["residual", "transformer"]), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_blocks_that_depths_have_in_common_run_once(case, data):
     backbone = make_backbone(case.kind, case.stages, case.norm)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy)
+    depths = data.draw(subsets(net) | st.none(), label="depths")
     rows, images = {}, torch.randn(2, 3, 8, 8).double()
 
     def count(name):
@@ -586,12 +695,14 @@ def test_blocks_that_depths_have_in_common_run_once(case):
         layer = backbone.get_submodule(f"{block.name}.{inner}")
         layer.register_forward_pre_hook(count(block.name))
     backbone.head.register_forward_pre_hook(count("head"))
-    net.packed(images)
+    net.packed(images, depths)
+    depths = depths or net.depths
     expected = {
-        block.name: 2 * len({depth.kept[:i] for depth in net.depths if depth.kept[i]})
+        block.name: 2 * len({depth.kept[:i] for depth in depths if depth.kept[i]})
         for i, block in enumerate(net.blocks)
     }
-    assert rows == {**expected, "head": 2 * len(net.depths)}
+    run = {name: count for name, count in expected.items() if count}
+    assert rows == {**run, "head": 2 * len(depths)}
 
 
 # Precision and compilation
@@ -600,6 +711,7 @@ def test_blocks_that_depths_have_in_common_run_once(case):
 @pytest.fixture
 def float_net(request):
     """A net in float32 and the plain net of each of its depths."""
+    torch.compiler.reset()  # the number of graphs of a function is limited
     backbone = make_backbone(stages=[(3, False), (2, True)]).float()
     pristine = copy.deepcopy(backbone)
     net = ElasticNet(backbone, SHAPE, depths=3, **getattr(request, "param", {}))
@@ -658,6 +770,27 @@ def compiles(net, plain, backend):
 )
 def test_compiled_to_a_graph(float_net):
     compiles(*float_net, backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    "float_net", [{}, {"grad_checkpointing": True}], indirect=True, ids=["", "checkpointing"]
+)
+def test_each_choice_of_depths_is_compiled_once(float_net):
+    net, _ = float_net
+    eager = copy.deepcopy(net)
+    graphs = CompileCounterWithBackend("aot_eager")
+    packed = torch.compile(net.packed, fullgraph=True, backend=graphs)
+    choices = [["d4", 2], [2], [net.depths[0], "d0"], [0]]
+    for depths in choices * 2:
+        images = torch.randn(4, *SHAPE)
+        logits, expected = packed(images, depths), eager.packed(images, depths)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for outputs in (logits, expected):
+            outputs.square().mean().backward()
+    assert graphs.frame_count == len(choices)
+    for ours, theirs in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close([*net.buffers()], [*eager.buffers()], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from teamnet_pl.elastic import ElasticNet, trace_backbone
+from teamnet_pl.errors import TeamNetError
 from tests.helpers.nets import BlockNet, Residual, basic_resnet, make_backbone, make_elastic, train
 
 SHAPE = (3, 8, 8)
@@ -73,6 +74,24 @@ def test_unknown_depth(images, name):
         with pytest.raises(ValueError, match=message), net.at(name):
             pass
         same(net(images), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [
+        ([], "the deepest first, each once; found none"),
+        (["d0", "d3"], "the deepest first, each once; found d0, d3"),
+        ([3, "d2", 2], "the deepest first, each once; found d3, d2, d2"),
+        (["d3", "d1"], "has the depths d3, d2, d0; d1 is none of them"),
+    ],
+)
+def test_depths_that_cannot_be_packed(images, depths, message):
+    net = make_net(depths=[3, 2, 0])
+    with net.at(2):
+        (expected,) = net.packed(images, [2])
+        with pytest.raises(TeamNetError, match=message):
+            net.packed(images, depths)
+        same(net(images), expected)
 
 
 def test_depth_of_another_net():

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teamnet_pl.elastic import Block, DepthPolicy, Trace, derive_depths
-from teamnet_pl.elastic.plan import Expansion, Fork, Streams, num_fork_levels, plan_streams
+from teamnet_pl.elastic.plan import Expansion, num_fork_levels, plan_streams
 from tests.helpers.strategies import depth_specs
 
 POLICIES = get_args(DepthPolicy)
@@ -30,17 +30,18 @@ def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
     trace = Trace(tuple(blocks), tuple(norms), tuple(order), {})
     assert num_fork_levels(trace) == 2
     early = plan_streams(depths, trace, level=1)
-    assert early.expansions == {"": Expansion(1, (0,) * len(depths))}
+    apart = tuple(range(len(depths)))
+    assert early.expansions == {"": Expansion((0,) * len(depths), apart)}
     plan = plan_streams(depths, trace)
     assert plan.expansions == {}
     for begun in range(total + 1):
         prefixes = [depth.kept[:begun] for depth in depths]
-        first = tuple(prefixes.index(prefix) for prefix in dict.fromkeys(prefixes))
-        assert plan.streams[f"norm{begun}"] == Streams(first, len(depths))
-        assert early.streams[f"norm{begun}"].starts == tuple(range(len(depths)))
+        distinct = [*dict.fromkeys(prefixes)]
+        streams = tuple(distinct.index(prefix) for prefix in prefixes)
+        assert plan.coupled[f"norm{begun}"] == streams
+        assert early.coupled[f"norm{begun}"] == apart
         if begun < total:
-            runs = [depth.kept[begun] for depth in depths]
-            inside = tuple(i for i in first if runs[i])
-            assert plan.streams[f"block{begun}.norm"] == Streams(inside, sum(runs))
-            fork = early.forks[f"block{begun}"]
-            assert fork == Fork(len(depths), sum(runs), sum(runs))
+            num_running = sum(depth.kept[begun] for depth in depths)
+            assert plan.arriving[f"block{begun}"] == streams
+            assert early.arriving[f"block{begun}"] == apart
+            assert plan.coupled[f"block{begun}.norm"] == streams[:num_running]

@@ -72,6 +72,15 @@ def test_a_view_stays_at_its_depth(net, images):
         torch.testing.assert_close(view(images), net.extract(0).eval()(images))
 
 
+@torch.no_grad()
+def test_a_view_packs_some_depths(net, images):
+    view = net.view(0)
+    depths = net.depths[1:3]
+    expected = torch.stack([net.extract(depth).eval()(images) for depth in depths])
+    torch.testing.assert_close(view.packed(images, depths), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(view(images), net.extract(0).eval()(images))
+
+
 def test_a_replaced_module_is_viewed(net, images):
     """As `convert_sync_batchnorm` replaces them."""
     old = net.backbone.norm

@@ -15,6 +15,7 @@ from teamnet_pl import LeaderConfig, Team, TeammateConfig
 from teamnet_pl.backbones import CifarResNet
 from teamnet_pl.cooperation import ScheduleConfig
 from teamnet_pl.data import Digits
+from teamnet_pl.elastic import ElasticNet
 
 CONSTANT = ScheduleConfig(warmup=0.0, final=1.0)
 """A constant learning rate."""
@@ -93,6 +94,7 @@ def plain_nets(team: Team) -> dict[str, tuple[nn.Module, nn.Module]]:
     if team.leader is not None:
         members["leader"] = (team.leader, [])
     for name, net in team.elastic_nets.items():
+        assert isinstance(net, ElasticNet)
         for depth in net.depths:
             kept = zip(net.blocks, depth.kept, strict=True)
             skipped = [block.name for block, is_kept in kept if not is_kept]
