@@ -55,6 +55,10 @@ class AdaptiveNet(nn.Module, ABC):
         """Yields each parameter that belongs to single depths, with the backbone's original."""
         yield from ()
 
+    def training_depths(self) -> tuple[Depth, ...]:
+        """Lists the depths whose logits a step of training may compute: by default all."""
+        return self.depths
+
     @abstractmethod
     def at(self, depth: DepthLike) -> AbstractContextManager[AdaptiveNet]:
         """Runs the net at one depth within a ``with`` block.
@@ -83,7 +87,8 @@ class AdaptiveNet(nn.Module, ABC):
 
         Args:
             images: Shape ``(N, channels, height, width)``.
-            depths: The depths to run, the deepest first; all by default.
+            depths: The depths to run, the deepest first; by default all, in training mode
+                `training_depths`.
 
         Returns:
             Logits of each of these depths, shape ``(depths, N, classes)``.
