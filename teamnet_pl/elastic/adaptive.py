@@ -110,7 +110,8 @@ class AdaptiveNet(nn.Module, ABC):
 
         Args:
             images: Shape ``(N, channels, height, width)``.
-            depths: The depths to run, the deepest first; all by default.
+            depths: The depths to run, the deepest first; by default all, in training mode
+                `training_depths`.
 
         Returns:
             Logits of each of these depths, shape ``(depths, N, classes)``.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from teamnet_pl.elastic.adaptive import AdaptiveNet, DepthLike
 from teamnet_pl.elastic.depths import DepthPolicy, DepthSpec, derive_depths
 from teamnet_pl.elastic.discovery.coupling import perturb_zero_weights
-from teamnet_pl.elastic.discovery.find import trace_backbone
+from teamnet_pl.elastic.discovery.find import siblings_of_blocks, trace_backbone
 from teamnet_pl.elastic.evaluation import evaluation, example_images
 from teamnet_pl.elastic.extraction import without_blocks
 from teamnet_pl.elastic.forwards import (
@@ -99,7 +99,7 @@ class ElasticNet(AdaptiveNet):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check_is_plain(backbone)
+        check_is_plain(backbone)
         trace = trace_backbone(backbone, input_shape, blocks)
         self.backbone = backbone
         self.input_shape = tuple(input_shape)
@@ -176,23 +176,12 @@ class ElasticNet(AdaptiveNet):
             self._forwards[name] = PerStreamForward(layer, self._selection, copies, stream_at)
 
     def _add_checkpointing_forwards(self) -> None:
-        for name in self._siblings_of_blocks():
+        for name in siblings_of_blocks(self.backbone, self.blocks):
             if name not in self._forwards:
                 module = self.backbone.get_submodule(name)
                 self._forwards[name] = ElasticForward(
                     module, self._selection, grad_checkpointing=True
                 )
-
-    def _siblings_of_blocks(self) -> set[str]:
-        """Modules in a row with blocks and of their class, such as the first of a stage."""
-        siblings = set()
-        for block in self.blocks:
-            row, _, _ = block.name.rpartition(".")
-            kind = type(self.backbone.get_submodule(block.name))
-            for key, module in self.backbone.get_submodule(row).named_children():
-                if type(module) is kind:
-                    siblings.add(f"{row}.{key}" if row else key)
-        return siblings
 
     def copied_parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yields each parameter that belongs to single depths, with the backbone's original."""
@@ -377,7 +366,12 @@ class ElasticNet(AdaptiveNet):
         return plain
 
 
-def _check_is_plain(backbone: nn.Module) -> None:
+def check_is_plain(backbone: nn.Module) -> None:
+    """Refuses a backbone that is elastic already, or has a part that is.
+
+    Raises:
+        TeamNetError: If it is.
+    """
     for name, module in backbone.named_modules():
         if isinstance(vars(module).get("forward"), ElasticForward):
             raise TeamNetError(

@@ -61,6 +61,23 @@ def trace_backbone(
     return Trace(tuple(blocks), tuple(coupling), tuple(order), has_batch_axis)
 
 
+def siblings_of_blocks(backbone: nn.Module, blocks: Iterable[Block]) -> set[str]:
+    """Names the modules in a row with blocks and of their class, such as the first of a stage.
+
+    Args:
+        backbone: The net.
+        blocks: Its skippable blocks, which are among their siblings.
+    """
+    siblings = set()
+    for block in blocks:
+        row = _parent(block.name)
+        kind = type(backbone.get_submodule(block.name))
+        for key, module in backbone.get_submodule(row).named_children():
+            if type(module) is kind:
+                siblings.add(f"{row}.{key}" if row else key)
+    return siblings
+
+
 def _contains_any(name: str, blocks: Iterable[str]) -> bool:
     """Whether any of some blocks is inside a module."""
     return not name or any(block.startswith(f"{name}.") for block in blocks)
