@@ -121,7 +121,7 @@ class BaselineNet(AdaptiveNet):
         Raises:
             TeamNetError: If the net has no such depth.
         """
-        with self._selection.at(self._index(depth)):
+        with self._selection.at((self._index(depth),)):
             yield self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class BaselineNet(AdaptiveNet):
         Returns:
             Logits, shape ``(N, classes)``.
         """
-        return self._run(images, self._selection.depth or 0)
+        return self._run(images, self._selection.depths[0])
 
     def packed(self, images: Tensor, depths: Sequence[DepthLike] | None = None) -> Tensor:
         """Runs several depths, one after the other.

@@ -46,7 +46,7 @@ class Edge:
             teachers that are in training themselves know nothing at first.
     """
 
-    weight: float = 0.0
+    weight: float
     kind: TransferKind = field(default_factory=lambda: KLDivergence(temperature=4.0))
     ramp: float = 1 / 3
 
@@ -154,8 +154,8 @@ class Cooperation:
     leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.6))
     peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.2))
     sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.1))
-    ensemble: TeacherEdge = field(default_factory=TeacherEdge)
-    to_leader: Edge = field(default_factory=Edge)
+    ensemble: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.0))
+    to_leader: Edge = field(default_factory=lambda: Edge(0.0))
     extra: list[Transfer] = field(default_factory=list)
     labels: LabelWeights = field(default_factory=LabelWeights)
     member_weights: dict[str, float] = field(default_factory=dict)

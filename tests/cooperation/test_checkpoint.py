@@ -8,10 +8,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from teamnet_pl import Team
 from teamnet_pl.cooperation import (
     Cooperation,
-    Edge,
     KLDivergence,
+    LabelWeights,
     OptimizerConfig,
+    PeerEdge,
     ScheduleConfig,
+    TeacherEdge,
     Transfer,
 )
 from tests.helpers.teams import (
@@ -28,9 +30,11 @@ TEAM = {
     "a": {"depths": [7, 5, 1], "policy": "round_robin", "per_depth_affine": True},
     "b": {"depths": [[3, 2, 2], [1, 1, 1]], "blocks": ["layer*.[012]"]},
     "cooperation": Cooperation(
-        leader=Edge(0.1, KLDivergence(1.5)),
-        extra=[Transfer(0.2, KLDivergence(3.0), "b/d3", "a/d1")],
-        ramp=0.5,
+        leader=TeacherEdge(0.1, KLDivergence(1.5), ramp=0.5),
+        peer=PeerEdge(0.3, teachers="nearest"),
+        extra=[Transfer(0.2, KLDivergence(3.0), teacher="b/d3", student="a/d1")],
+        labels=LabelWeights(others=0.5),
+        member_weights={"a/d1": 2.0},
     ),
     "optimizer": OptimizerConfig("adamw", 1e-3, options={"betas": (0.8, 0.9)}),
     "schedule": ScheduleConfig(0.2, 0.1),

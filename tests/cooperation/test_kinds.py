@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from teamnet_pl import Team
-from teamnet_pl.cooperation import Cooperation, Edge, KLDivergence, Transfer, TransferKind
+from teamnet_pl.cooperation import (
+    Cooperation,
+    KLDivergence,
+    LabelWeights,
+    PeerEdge,
+    SubNetworkEdge,
+    TeacherEdge,
+    Transfer,
+    TransferKind,
+)
 from tests.helpers.runs import BEST, error_of, saved_config
 from tests.helpers.teams import fit_and_save, make_team
 
@@ -39,7 +48,10 @@ class Constant(TransferKind):
 
 def test_each_group_of_transfers_has_its_kind():
     cooperation = Cooperation(
-        leader=Edge(kind=Constant(2.0)), peer=Edge(kind=Constant(3.0)), sub_networks=Edge(2.0)
+        leader=TeacherEdge(0.5, Constant(2.0)),
+        peer=PeerEdge(0.5, Constant(3.0)),
+        sub_networks=SubNetworkEdge(2.0),
+        labels=LabelWeights(1.0, 1.0, 1.0),
     )
     team = make_team(cooperation=cooperation)
     images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,9 +61,9 @@ def test_each_group_of_transfers_has_its_kind():
     assert terms.transfers["a/d7->a/d0"].item() not in (2.0, 3.0)
     labels = sum(terms.labels.values())
     sub_networks = [
-        term for name, term in terms.transfers.items() if name[0] == name.split("->")[1][0] != "l"
+        term for name, term in terms.transfers.items() if name[0] == name.split("->")[1][0]
     ]
-    expected = labels + 0.5 * (2 * 2.0 + 2 * 3.0) + 2.0 * sum(sub_networks)
+    expected = labels + 0.5 * (6 * 2.0 + 6 * 3.0) + 2.0 * sum(sub_networks)
     torch.testing.assert_close(team.criterion.total(terms), expected)
 
 
@@ -101,7 +113,9 @@ def test_other_classes_in_a_checkpoint_are_refused(checkpoint, tmp_path, path):
 
 
 def test_extra_transfers_keep_their_kind(tmp_path):
-    cooperation = Cooperation(extra=[Transfer(0.2, KLDivergence(3.0), "b/d2", "a/d0")])
+    cooperation = Cooperation(
+        extra=[Transfer(0.2, KLDivergence(3.0), teacher="b/d2", student="a/d0")]
+    )
     team = make_team(cooperation=cooperation)
     restored = Team.load_from_checkpoint(fit_and_save(team, tmp_path))
     assert restored.criterion.cooperation == cooperation
@@ -114,10 +128,10 @@ def test_a_kind_that_is_not_a_dataclass_is_refused():
             return student.sum()
 
     with pytest.raises(ValueError, match=r"NoDataclass must be a dataclass.*@dataclass"):
-        make_team(cooperation=Cooperation(peer=Edge(kind=NoDataclass())))
+        make_team(cooperation=Cooperation(peer=PeerEdge(0.5, NoDataclass())))
 
 
 def test_two_transfers_of_the_same_name_are_refused():
-    cooperation = Cooperation(extra=[Transfer(0.2, KLDivergence(), "leader", "a")])
+    cooperation = Cooperation(extra=[Transfer(0.2, KLDivergence(), teacher="leader", student="a")])
     with pytest.raises(ValueError, match="2 transfers leader->a/d2"):
         cooperation.transfers({"a": ["d2", "d0"]}, has_leader=True)

@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from teamnet_pl.callbacks import DepthReport, PredictionWriter
 from teamnet_pl.checkpoints import check_finite
-from teamnet_pl.cooperation import Cooperation, OptimizerConfig
+from teamnet_pl.cooperation import (
+    Cooperation,
+    OptimizerConfig,
+    PeerEdge,
+    SubNetworkEdge,
+    TeacherEdge,
+)
 from tests.helpers.runs import read_csv, teamnet_command
 from tests.helpers.teams import (
     CONSTANT,
@@ -42,7 +48,11 @@ def fit(folder, loader, on_non_finite="skip", prepare=lambda team: None, **kwarg
     team = make_team(
         schedule=CONSTANT,
         optimizer=OptimizerConfig(lr=0.05),
-        cooperation=Cooperation(ramp=0.0),
+        cooperation=Cooperation(
+            leader=TeacherEdge(0.5, ramp=0.0),
+            peer=PeerEdge(0.5, ramp=0.0),
+            sub_networks=SubNetworkEdge(0.5, ramp=0.0),
+        ),
         on_non_finite=on_non_finite,
     )
     prepare(team)

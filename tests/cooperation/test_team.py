@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from teamnet_pl.cooperation import Cooperation, Edge, Team
+from teamnet_pl.cooperation import Cooperation, PeerEdge, SubNetworkEdge, TeacherEdge, Team
 from tests.helpers.teams import (
     assert_same_state,
     extracted_logits,
@@ -167,10 +167,12 @@ def test_a_frozen_leader_is_always_in_evaluation_mode(mode):
 
 
 # Teacher->student pairs, without the weights.
-LEADER = {"leader->a/d7", "leader->b/d7"}
-PEER = {"a/d7->b/d7", "b/d7->a/d7"}
+STUDENTS = ["a/d7", "a/d4", "a/d0", "b/d7", "b/d5", "b/d2"]
+LEADER = {f"leader->{student}" for student in STUDENTS}
+PEER = {f"b/d7->{student}" for student in STUDENTS[:3]}
+PEER |= {f"a/d7->{student}" for student in STUDENTS[3:]}
 DEPTHS = {"a/d7->a/d4", "a/d7->a/d0", "b/d7->b/d5", "b/d7->b/d2"}
-OFF = Edge(weight=0.0)
+NO_PEER, NO_SUB_NETWORKS = PeerEdge(0.0), SubNetworkEdge(0.0)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +180,21 @@ OFF = Edge(weight=0.0)
     [
         ({}, LEADER | PEER | DEPTHS),
         ({"leader": None}, PEER | DEPTHS),
-        ({"b": None}, {"leader->a/d7", "a/d7->a/d4", "a/d7->a/d0"}),
-        ({"cooperation": Cooperation(leader=OFF)}, PEER | DEPTHS),
-        ({"cooperation": Cooperation(peer=OFF)}, LEADER | DEPTHS),
-        ({"cooperation": Cooperation(sub_networks=OFF)}, LEADER | PEER),
-        ({"leader": None, "b": None, "cooperation": Cooperation(sub_networks=OFF)}, set()),
+        (
+            {"b": None},
+            {"a/d7->a/d4", "a/d7->a/d0", "leader->a/d7", "leader->a/d4", "leader->a/d0"},
+        ),
+        ({"cooperation": Cooperation(leader=TeacherEdge(0.0))}, PEER | DEPTHS),
+        ({"cooperation": Cooperation(peer=NO_PEER)}, LEADER | DEPTHS),
+        ({"cooperation": Cooperation(sub_networks=NO_SUB_NETWORKS)}, LEADER | PEER),
+        (
+            {
+                "leader": None,
+                "b": None,
+                "cooperation": Cooperation(sub_networks=NO_SUB_NETWORKS),
+            },
+            set(),
+        ),
     ],
     ids=["all", "no leader", "no b", "leader off", "peer off", "depths off", "joint"],
 )
