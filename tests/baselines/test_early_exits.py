@@ -226,7 +226,7 @@ def test_no_other_exit_is_nearer():
         ((4, 8, 16), (9, 4, 8), [4, 9]),
         ((4, 8, 16), (16, 2, 4), [4, 8, 16]),
         ((4, 7, 13), (16, 2, 4), [4, 8, 16]),  # rounded up
-        ((4, 8, 16), (10, 32), [4]),  # tokens follow
+        ((4, 8, 16), (10, 2), [4]),  # tokens follow
         ((8, 4, 8), (5, 1, 2), [8, 6, 5]),  # fewer channels
         ((4, 4, 8), (9, 8, 16), [4]),  # a net that enlarges its maps
     ],
