@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,6 @@ from teamnet_pl.elastic import (
 from teamnet_pl.elastic.forwards import Selection
 from teamnet_pl.elastic.net import check_is_plain
 from teamnet_pl.errors import TeamNetError
-
-Net = TypeVar("Net", bound="BaselineNet")
 
 
 class BaselineNet(AdaptiveNet):
@@ -109,7 +106,7 @@ class BaselineNet(AdaptiveNet):
         return [self.backbone]
 
     @contextmanager
-    def at(self: Net, depth: DepthLike) -> Iterator[Net]:
+    def at(self, depth: DepthLike) -> Iterator[BaselineNet]:
         """Runs the net at one depth within a ``with`` block.
 
         Args:
