@@ -88,19 +88,6 @@ class BaselineNet(AdaptiveNet):
         kept = self.depths[index].kept
         return [block for block, flag in zip(self.blocks, kept, strict=True) if not flag]
 
-    def _check_order(self, depths: Sequence[DepthLike] | None) -> list[int]:
-        """Looks up the indices of the depths that `packed` is asked for."""
-        if depths is None:
-            depths = self.training_depths() if self.training else self.depths
-        indices = [self._index(depth) for depth in depths]
-        if not indices or indices != sorted(set(indices)):
-            names, asked = (", ".join(map(str, given)) for given in (self.depths, depths))
-            raise TeamNetError(
-                f"Of the depths {names} give at least one, each once and the deepest first; found "
-                f"{asked or 'none'}."
-            )
-        return indices
-
     def models(self) -> list[nn.Module]:
         """Lists the backbone."""
         return [self.backbone]
@@ -146,4 +133,4 @@ class BaselineNet(AdaptiveNet):
         Raises:
             TeamNetError: If the net has no such depth, or the depths are not in order.
         """
-        return torch.stack([self._run(images, index) for index in self._check_order(depths)])
+        return torch.stack([self._run(images, index) for index in self._indices(depths)])

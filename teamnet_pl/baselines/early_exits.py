@@ -140,7 +140,7 @@ class EarlyExitNet(BaselineNet):
         Raises:
             TeamNetError: If the net has no such depth, or the depths are not in order.
         """
-        return torch.stack(self._leave(images, self._check_order(depths)))
+        return torch.stack(self._leave(images, self._indices(depths)))
 
     def extract(self, depth: DepthLike) -> nn.Module:
         """Copies one depth as a plain net.

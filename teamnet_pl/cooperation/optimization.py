@@ -237,7 +237,7 @@ class ScheduleConfig:
         """
         if is_leader:
             last = max(1, math.floor(self.leader_finish * steps + _ROUNDING))
-            return self.factor(step, last) if step < last else 0.0
+            return self.factor(min(step, last), last)
         first = math.floor(self.leader_alone * steps + _ROUNDING)
         return self.factor(step - first, steps - first) if step >= first else 0.0
 

@@ -408,7 +408,9 @@ class Team(LightningModule):
 
     def _progress(self) -> float:
         """Share of the training that is done, this step included; 1 in one without an end."""
-        return (self.global_step + 1) / self._steps if 0 < self._steps < math.inf else 1.0
+        if not 0 < self._steps < math.inf:
+            return 1.0
+        return min(1.0, (self.global_step + 1) / self._steps)  # averaging adds an epoch
 
     def _step_seed(self, batch_idx: int) -> int:
         """Seed of dropout and the like: the same in a resumed run, another per process."""

@@ -50,7 +50,7 @@ class AdaptiveNet(nn.Module, ABC):
 
     def _indices(self, depths: Sequence[DepthLike] | None) -> tuple[int, ...]:
         if depths is None:
-            return tuple(range(len(self.depths)))
+            depths = self.training_depths() if self.training else self.depths
         indices = tuple(self._index(depth) for depth in depths)
         if not indices or any(index >= after for index, after in pairwise(indices)):
             listed = ", ".join(self.depths[index].name for index in indices) or "none"

@@ -32,7 +32,7 @@ TEAM = {
     "cooperation": Cooperation(
         leader=TeacherEdge(0.1, KLDivergence(1.5), ramp=0.5),
         peer=PeerEdge(0.3, teachers="nearest"),
-        extra=[Transfer(0.2, KLDivergence(3.0), teacher="b/d3", student="a/d1")],
+        extra=[Transfer(0.2, KLDivergence(3.0), teacher="ensemble", student="a/d1")],
         labels=LabelWeights(others=0.5),
         member_weights={"a/d1": 2.0},
     ),

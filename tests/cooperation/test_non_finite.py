@@ -63,7 +63,7 @@ def fit(folder, loader, on_non_finite="skip", prepare=lambda team: None, **kwarg
 
 def scaled():
     """16-bit precision with a loss scaler, on the CPU."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
