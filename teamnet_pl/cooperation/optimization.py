@@ -209,7 +209,7 @@ class ScheduleConfig:
     warmup: float = 0.1
     final: float = 0.0
     leader_alone: float = 0.0
-    leader_finish: float = 1.0
+    leader_finish: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
