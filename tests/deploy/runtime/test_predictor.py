@@ -37,7 +37,7 @@ def profile():
 
 
 def depth_of(view):
-    return view.depths[view._selection.depth].name
+    return view.depths[view._selection.depths[0]].name
 
 
 class Machine:
