@@ -35,6 +35,7 @@ class AveragedTeachers(nn.Module):
                 for name, net in nets.items()
             }
         )
+        self._step = 0
         self._names = {name: f"{name}/{net.depths[0]}" for name, net in teammates.items()}
         self.requires_grad_(False).eval()
 
@@ -42,14 +43,26 @@ class AveragedTeachers(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
-    def update(self, name: str, net: nn.Module) -> None:
-        """Moves an average towards a net.
+    def get_extra_state(self) -> Tensor:
+        """Returns the number of the last step that the averages have taken in."""
+        return torch.tensor(self._step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Goes on after the step of a checkpoint."""
+        self._step = int(state)
+
+    def update(self, nets: Mapping[str, nn.Module], step: int) -> None:
+        """Moves the averages towards the nets, once for each step of the optimizer.
 
         Args:
-            name: Name of the Teammate, or ``leader``.
-            net: Its net, after a step.
+            nets: The Teammates by name, and the Leader as ``leader``.
+            step: Number of steps that the nets have taken.
         """
-        self.averages[name].update_parameters(net)  # type: ignore[operator]
+        if step == self._step:
+            return
+        self._step = step
+        for name, average in self.averages.items():
+            average.update_parameters(nets[name])  # type: ignore[operator]
 
     @torch.no_grad()
     def logits(self, members: Mapping[str, object], images: Tensor) -> dict[str, Tensor]:

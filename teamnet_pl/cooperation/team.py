@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -393,7 +393,6 @@ class Team(LightningModule):
         resume_epoch(self.trainer, self)
         log_row(self.trainer, self._unlogged)
         self._unlogged = None
-        self._averaged_step = self.global_step
         self._steps = training_steps(self.trainer, self._epochs)
         schedule = self.schedule_config
         if math.isinf(self._steps) and (schedule.leader_alone or schedule.leader_finish < 1):
@@ -426,8 +425,11 @@ class Team(LightningModule):
         images, target = batch
         progress = self._progress()
         self._leader_teaches_only = not self.criterion.is_trained(LEADER, progress)
-        if self.leader is not None and self._leader_teaches_only and self.leader.training:
-            self.leader.eval()
+        if self.leader is not None and self.leader.training == self._leader_teaches_only:
+            self.leader.train(not self._leader_teaches_only)
+        if self.averaged_teachers is not None:
+            nets = dict(self.elastic_nets) | ({} if self.leader is None else {LEADER: self.leader})
+            self.averaged_teachers.update(nets, self.global_step)
         self._guard.before_forward(self)
         with seeded(self._step_seed(batch_idx), images.device):
             logits = self._training_logits(images, progress, batch_idx)
@@ -480,15 +482,6 @@ class Team(LightningModule):
             if member != LEADER or not self._leader_teaches_only
         }
         return self.averaged_teachers.logits(learning, images)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Moves the averaged teachers after each step of the optimizer."""
-        if self.averaged_teachers is None or self.global_step == self._averaged_step:
-            return
-        self._averaged_step = self.global_step
-        for name in self.averaged_teachers.averages:
-            net = self.leader if name == LEADER else self.teammates[name]
-            self.averaged_teachers.update(name, cast(nn.Module, net))
 
     def _depths_of_step(self, progress: float, batch_idx: int) -> dict[str, list[Depth]]:
         """Chooses the depths of each Teammate, the same in all processes and in a resumed run."""

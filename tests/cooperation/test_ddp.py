@@ -61,6 +61,32 @@ def test_weights_agree(runs):
     assert_same_state(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
 
 
+def test_weights_agree_where_members_take_turns(cli, two_processes, own_nets, tmp_path):
+    """The Leader alone, then all, then a finished Leader; depths drawn in each step."""
+    net = ["--model.{}.name", "own_nets.GroupNormNet", "--model.{}.options", "{{width: 4}}"]
+    options = [part.format(member) for member in ("leader", "a", "b") for part in net]
+    options += [
+        "--trainer.limit_train_batches",
+        "6",
+        "--model.cooperation.averaged_teachers",
+        "0.9",
+    ]
+    options += ["--model.schedule.leader_alone", "0.2", "--model.schedule.leader_finish", "0.7"]
+    options += ["--model.a.depths", "3", "--model.a.sampled_depths", "0"]
+    options += ["--model.b.depths", "3", "--model.b.progressive", "0.9"]
+    batch = "--data.init_args.batch_size"
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    cli(one, "fit", *options, batch, 2 * BATCH)
+    two_processes(two, "fit", "--config", cli.config, *options, batch, BATCH)
+    one, two = (torch.load(folder / LAST, weights_only=True) for folder in (one, two))
+    assert one["global_step"] == two["global_step"] == 6
+    assert_same_state(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    momenta = [states["optimizer_states"][0]["state"] for states in (one, two)]
+    assert momenta[0].keys() == momenta[1].keys()
+
+
 def test_metrics_of_every_depth_cover_both_processes(runs):
     logged = [logged_metrics(folder) for folder in runs]
     one, two = (of_split(metrics, "val") | of_split(metrics, "test") for metrics in logged)

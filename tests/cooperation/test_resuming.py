@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torchvision.transforms import v2
 
 from teamnet_pl.callbacks import LastCheckpoint
-from teamnet_pl.cooperation import OptimizerConfig, ScheduleConfig
+from teamnet_pl.cooperation import Cooperation, OptimizerConfig, ScheduleConfig
 from teamnet_pl.cooperation.optimization import StepSchedule
 from tests.helpers.runs import LAST, error_of
 from tests.helpers.teams import Recorder, assert_same_state, make_digits, make_team, make_trainer
@@ -80,6 +80,15 @@ CASES = {
     "reloaded": {"trainer": {"reload_dataloaders_every_n_epochs": 1}},
     "the same few": {"trainer": {"overfit_batches": 3}, "data": MIXED},
     "dropout": {"team": {"a": VIT, "b": None}},
+    "leader first": {"team": {"schedule": ScheduleConfig(leader_alone=0.5, leader_finish=0.5)}},
+    "leader ahead, averaged teachers": {
+        "team": {
+            "schedule": ScheduleConfig(leader_finish=0.6),
+            "cooperation": Cooperation(averaged_teachers=0.9),
+        }
+    },
+    "sampled depths": {"team": {"a": {"depths": 5, "sampled_depths": 1, "progressive": 0.5}}},
+    "dropped layers": {"team": {"a": {"net": "teamnet_pl.baselines.LayerDropNet"}}},
     "mixed": {"data": MIXED},
     "mixed, two workers": {"data": MIXED | {"num_workers": 2}, "every": 3},
     "EMA": {"callbacks": lambda: [EMAWeightAveraging(decay=0.9)]},
