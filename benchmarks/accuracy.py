@@ -7,6 +7,9 @@ data/DATASET --config METHOD`. Each row has accuracy and negative log-likelihood
 split, which is for choosing (a learning rate, a default), and on the test split, which is for
 reporting.
 
+With ``--leader-epochs`` the Leader is trained first, once for each seed, and kept beside the result
+file; each method that has a Leader is then taught by this very one.
+
 Each run is written when it ends. A later call skips the runs that the file has. With several
 learning rates a method runs with each of them; with ``--best-lr`` it runs with the one whose mean
 accuracy on the validation split is the best so far. Example::
@@ -60,8 +63,18 @@ CONFIGS_WIDTH = 16
 # Team and data
 
 
-def command_line(args: argparse.Namespace, method: str, seed: int, lr: float) -> list[str]:
-    """Lists the words that make the team and the data of a method, as after `teamnet fit`."""
+def command_line(
+    args: argparse.Namespace, method: str, seed: int, lr: float, first: bool = False
+) -> list[str]:
+    """Lists the words that make the team and the data of a method, as after `teamnet fit`.
+
+    Args:
+        args: The arguments of the script.
+        method: The method.
+        seed: The seed.
+        lr: The learning rate.
+        first: Whether the Leader is yet to be trained, where it is trained first.
+    """
     data = {
         "batch_size": args.batch_size,
         "path": args.path,
@@ -90,7 +103,17 @@ def command_line(args: argparse.Namespace, method: str, seed: int, lr: float) ->
     if method != "team":
         configs.append(method_config(method, args.width or CONFIGS_WIDTH))
     configs += [str(config_path(name)) for name in args.config]
+    if args.leader_epochs and not first and has_leader(method):
+        taught = {"leader": {"checkpoint": str(leader_file(args, seed)), "frozen": True}}
+        taught["cooperation"] = {"leader": {"ramp": 0.0}}
+        configs.append(yaml.safe_dump({"model": taught}))
     return [word for config in configs for word in ("--config", config)]
+
+
+def has_leader(method: str) -> bool:
+    """Tells whether the teams of a method have a Leader."""
+    config = {} if method == "team" else yaml.safe_load(config_path(method).read_text())["model"]
+    return config.get("leader", {}) is not None
 
 
 def method_config(name: str, width: int) -> str:
@@ -102,10 +125,8 @@ def method_config(name: str, width: int) -> str:
     return yaml.safe_dump(config)
 
 
-def team_and_data(
-    args: argparse.Namespace, method: str, seed: int, lr: float
-) -> tuple[Team, ImageDataModule]:
-    """Makes the team and the data module of a method by the parser of the command line."""
+def team_and_data(words: list[str]) -> tuple[Team, ImageDataModule]:
+    """Makes a team and a data module by the parser of the command line."""
     cli = TeamCLI(
         Team,
         ImageDataModule,
@@ -113,7 +134,7 @@ def team_and_data(
         parser_class=TeamArgumentParser,
         save_config_callback=None,
         auto_configure_optimizers=False,
-        args=command_line(args, method, seed, lr),
+        args=words,
         run=False,
     )
     return cli.model, cli.datamodule
@@ -122,29 +143,58 @@ def team_and_data(
 # Training
 
 
-def measure(args: argparse.Namespace, method: str, seed: int, lr: float) -> list[Row]:
-    """Trains one method with one seed; returns a row for each net and depth."""
+def make_trainer(args: argparse.Namespace, epochs: int, folder: str) -> Trainer:
+    """Makes a trainer that evaluates at the end."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=epochs,
+    )
+
+
+def be_quiet() -> None:
+    """Sets a process up: one thread, no messages."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    team, data = team_and_data(args, method, seed, lr)
+
+
+def leader_file(args: argparse.Namespace, seed: int) -> Path:
+    """Returns the file of the Leader that is trained first with a seed."""
+    return Path(args.out).with_suffix(f".leader-{seed}.pt").absolute()
+
+
+def train_leader(args: argparse.Namespace, seed: int) -> None:
+    """Trains the Leader alone and writes its weights."""
+    be_quiet()
+    alone = {"model": {"schedule": {"leader_alone": 1 - 1e-6, "leader_finish": 1.0}}}
+    words = command_line(args, "team", seed, args.leader_lr, first=True)
+    team, data = team_and_data([*words, "--config", yaml.safe_dump(alone)])
     if args.channels_last:
         team.to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            max_epochs=args.epochs,
-            accelerator=args.accelerator,
-            devices=1,
-            precision=args.precision,
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            check_val_every_n_epoch=args.epochs,
-        )
+        make_trainer(args, args.leader_epochs, folder).fit(team, datamodule=data)
+    assert team.leader is not None
+    torch.save(team.leader.state_dict(), leader_file(args, seed))
+
+
+def measure(args: argparse.Namespace, method: str, seed: int, lr: float) -> list[Row]:
+    """Trains one method with one seed; returns a row for each net and depth."""
+    be_quiet()
+    team, data = team_and_data(command_line(args, method, seed, lr))
+    if args.channels_last:
+        team.to(memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, args.epochs, folder)
         start = time.perf_counter()
         trainer.fit(team, datamodule=data)
         seconds = time.perf_counter() - start
@@ -296,6 +346,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="cifar/resnet20")
     parser.add_argument("--width", type=int, default=8, help="of the Teammates; 0 if they have none")  # fmt: skip # noqa: E501
     parser.add_argument("--leader-width", type=int, default=16)
+    parser.add_argument("--leader-epochs", type=int, default=0, help="train the Leader first, for so many epochs")  # fmt: skip # noqa: E501
+    parser.add_argument("--leader-lr", type=float, default=0.1)
     parser.add_argument("--depths", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["team"], metavar="METHOD")  # fmt: skip # noqa: E501
     parser.add_argument("--config", nargs="+", default=[], help="configs for all methods, such as recipe/ema")  # fmt: skip # noqa: E501
@@ -322,12 +374,14 @@ def main() -> None:
         for method in args.methods
         for lr in ([best_lr(file.rows, method)] if args.best_lr else args.lr)
     ]
+    runs_to_do = [run for run in dict.fromkeys(wanted) if run not in done]
     with ProcessPoolExecutor(args.jobs) as pool:
-        runs = {
-            pool.submit(measure, args, *run): run
-            for run in dict.fromkeys(wanted)
-            if run not in done
+        taught = {
+            seed for method, seed, _ in runs_to_do if args.leader_epochs and has_leader(method)
         }
+        untrained = [seed for seed in sorted(taught) if not leader_file(args, seed).exists()]
+        list(pool.map(train_leader, [args] * len(untrained), untrained))
+        runs = {pool.submit(measure, args, *run): run for run in runs_to_do}
         for run in as_completed(runs):
             file.add(run.result())
             print(*runs[run], "done", flush=True)

@@ -17,6 +17,7 @@ from .optimization import ScheduleConfig as ScheduleConfig
 from .team import Team as Team
 from .transfers import Cooperation as Cooperation
 from .transfers import Edge as Edge
+from .transfers import FeatureEdge as FeatureEdge
 from .transfers import LabelWeights as LabelWeights
 from .transfers import PeerEdge as PeerEdge
 from .transfers import SubNetworkEdge as SubNetworkEdge

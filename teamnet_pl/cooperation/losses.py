@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from torch import Tensor, nn
 
-from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
+from teamnet_pl.cooperation.members import ENSEMBLE, LEADER, at_least_single
 from teamnet_pl.cooperation.transfers import Cooperation, ramp_factor
 from teamnet_pl.errors import TeamNetError
 
@@ -23,19 +23,26 @@ class LossTerms:
     Attributes:
         labels: Label loss by the member's name.
         transfers: Loss of each transfer by its name, such as ``leader->a/d7``.
+        features: Loss of the features of each transfer, by its name.
     """
 
     labels: Mapping[str, Tensor]
     transfers: Mapping[str, Tensor]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named(self) -> dict[str, Tensor]:
         """Returns all terms by the names that they are logged under.
 
         Returns:
-            ``ce/<member>`` for each label loss and ``kd/<teacher>-><student>`` for each transfer.
+            ``ce/<member>`` for each label loss, ``kd/<teacher>-><student>`` for each transfer and
+            ``features/<teacher>-><student>`` for its features.
         """
-        labels = {f"ce/{member}": term for member, term in self.labels.items()}
-        return labels | {f"kd/{transfer}": term for transfer, term in self.transfers.items()}
+        groups = {"ce": self.labels, "kd": self.transfers, "features": self.features}
+        return {
+            f"{group}/{name}": term
+            for group, terms in groups.items()
+            for name, term in terms.items()
+        }
 
 
 class CooperativeLoss(nn.Module):
@@ -60,6 +67,7 @@ class CooperativeLoss(nn.Module):
             or nothing teaches a depth.
 
     Example:
+        >>> from teamnet_pl.cooperation import TeacherEdge
         >>> cooperation = Cooperation(leader=TeacherEdge(0.9, students="deepest"))
         >>> criterion = CooperativeLoss({"a": ["d2", "d0"]}, cooperation, leader=True)
         >>> [str(transfer) for transfer in criterion.transfers]
@@ -119,6 +127,7 @@ class CooperativeLoss(nn.Module):
         target: Tensor,
         progress: float = 1.0,
         teachers: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> LossTerms:
         """Computes every term of the loss that has a weight, unweighted.
 
@@ -127,6 +136,7 @@ class CooperativeLoss(nn.Module):
             target: Labels, shape ``(N,)``, or class probabilities, shape ``(N, classes)``.
             progress: Share of the training that is done, this step included.
             teachers: Logits of teachers that teach in place of the members of these names.
+            features: By the member's name and the module's, each ``(N, ...)``.
         """
         labels = {
             member: F.cross_entropy(values, target, label_smoothing=self.label_smoothing)
@@ -148,7 +158,23 @@ class CooperativeLoss(nn.Module):
             and transfer.teacher in teaching
             and self.is_trained(transfer.student, progress)
         }
-        return LossTerms(labels, transfers)
+        return LossTerms(labels, transfers, self._feature_terms(transfers, features or {}))
+
+    def _feature_terms(
+        self, transfers: Mapping[str, Tensor], features: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        terms = {}
+        for transfer in self.transfers:
+            taught = features.get(transfer.student, {})
+            teaching = features.get(transfer.teacher, {})
+            errors = [
+                feature_loss(taught[module], teaching[module])
+                for module in taught
+                if module in teaching and taught[module].shape == teaching[module].shape
+            ]
+            if errors and str(transfer) in transfers:
+                terms[str(transfer)] = torch.stack(errors).mean()
+        return terms
 
     def _label_weight(self, member: str, progress: float) -> float:
         labels = self.cooperation.labels
@@ -203,6 +229,14 @@ class CooperativeLoss(nn.Module):
             for transfer in self.transfers
             if str(transfer) in terms.transfers
         ]
+        weighted += [
+            factors.get(transfer.student, 1.0)
+            * ramp_factor(transfer.ramp, progress)
+            * self.cooperation.features.weight
+            * terms.features[str(transfer)]
+            for transfer in self.transfers
+            if str(transfer) in terms.features
+        ]
         if not weighted:
             raise TeamNetError(
                 "No term of the loss has a weight in this step: give labels or transfers one."
@@ -226,6 +260,25 @@ class CooperativeLoss(nn.Module):
         return self.total(self.terms(logits, target, progress), progress)
 
 
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared error of features, relative to the teacher's mean square.
+
+    Args:
+        student: Shape ``(N, ...)``.
+        teacher: Of the same shape; no gradient flows into them.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Example:
+        >>> feature_loss(torch.zeros(2, 3), torch.full((2, 3), 5.0))
+        tensor(1.)
+    """
+    student, teacher = at_least_single(student), at_least_single(teacher.detach())
+    scale = teacher.square().mean().clamp_min(torch.finfo(teacher.dtype).tiny)
+    return F.mse_loss(student, teacher) / scale
+
+
 def weighted_average(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """Averages the predictions of several nets, each by the probability it gives to the label.
 
@@ -241,8 +294,8 @@ def weighted_average(logits: Sequence[Tensor], target: Tensor) -> Tensor:
 
     Example:
         >>> right, wrong = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
-        >>> weighted_average([right, wrong], torch.tensor([0])).exp()
-        tensor([[0.9998, 0.0002]])
+        >>> weighted_average([right, wrong], torch.tensor([0])).softmax(dim=-1).argmax().item()
+        0
     """
     stacked = torch.stack(list(logits)).log_softmax(dim=-1)
     fits = torch.stack([-F.cross_entropy(values, target, reduction="none") for values in stacked])

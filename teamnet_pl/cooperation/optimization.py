@@ -201,7 +201,8 @@ class ScheduleConfig:
         leader_alone: Share of the training, at its start, in which the Leader alone is trained; the
             Teammates' schedule is over the rest.
         leader_finish: Share of the training after which the Leader is finished: in evaluation mode,
-            without gradient. Equal to ``leader_alone``, the Leader is trained first.
+            without gradient. Equal to ``leader_alone``, the Leader is trained first. In a training
+            without an end the Leader is never finished.
 
     Source: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), without restarts.
     """
@@ -209,7 +210,7 @@ class ScheduleConfig:
     warmup: float = 0.1
     final: float = 0.0
     leader_alone: float = 0.0
-    leader_finish: float = 0.5
+    leader_finish: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:

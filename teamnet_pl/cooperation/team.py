@@ -65,16 +65,14 @@ from teamnet_pl.cooperation.resuming import (
     resume_epoch,
     unlogged_row,
 )
-from teamnet_pl.cooperation.sampling import depths_of_step
+from teamnet_pl.cooperation.training_pass import TrainingPass
 from teamnet_pl.cooperation.transfers import Cooperation, Transfer
-from teamnet_pl.elastic import AdaptiveNet, Depth
+from teamnet_pl.elastic import AdaptiveNet
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, errors_naming
 
 EvaluatedSplit = Literal["val", "test"]
-
-_ALL_DEPTHS = TeammateConfig()
 
 
 class Team(LightningModule):
@@ -176,7 +174,7 @@ class Team(LightningModule):
         self._unlogged: object = None  # a row of the log that is due
 
         self._idle = IdleParameters()
-        self._teammate_configs = {
+        configs = {
             name: member for name, member in teammates.items() if isinstance(member, TeammateConfig)
         }
         self.leader, self.leader_frozen = make_leader(leader, num_classes, input_shape)
@@ -194,9 +192,20 @@ class Team(LightningModule):
             leader_finish=0.0 if self.leader_frozen else schedule.leader_finish,
             label_smoothing=label_smoothing,
         )
+        self._training_pass = TrainingPass(
+            self.leader,
+            self.elastic_nets,
+            configs,
+            schedule.leader_alone,
+            cooperation.features,
+        )
+        leader_learns_throughout = self.leader_frozen or schedule.leader_finish == 1
+        self._uses_all_weights = self._training_pass.uses_all_weights and (
+            self.leader is None or leader_learns_throughout
+        )
         self._shared_parameters = [
             shared
-            for name, config in self._teammate_configs.items()
+            for name, config in configs.items()
             if config.shared_gradients == "mean"
             for shared in self.elastic_nets[name].shared_parameters()
         ]
@@ -359,6 +368,8 @@ class Team(LightningModule):
             member for member in self.members() if member != LEADER or not self.leader_frozen
         ]
         terms = [f"ce/{member}" for member in trained] + [f"kd/{edge}" for edge in self.transfers]
+        if self.criterion.cooperation.features.weight:
+            terms += [f"features/{edge}" for edge in self.transfers]
         evaluated = [f"{name}/{member}" for name, member, _ in self._split_metrics("val").metrics()]
         return [
             *(f"train/{name}" for name in ("loss", "skipped_steps", *terms)),
@@ -394,12 +405,13 @@ class Team(LightningModule):
         log_row(self.trainer, self._unlogged)
         self._unlogged = None
         self._steps = training_steps(self.trainer, self._epochs)
-        schedule = self.schedule_config
-        if math.isinf(self._steps) and (schedule.leader_alone or schedule.leader_finish < 1):
-            raise TeamNetError(
-                "schedule.leader_alone and leader_finish are shares of a training that has an end: "
-                "set trainer.max_epochs or max_steps."
-            )
+        if math.isinf(self._steps) and not self.leader_frozen:
+            self.criterion.leader_finish = 1.0
+            if self.schedule_config.leader_alone:
+                raise TeamNetError(
+                    "schedule.leader_alone is a share of a training that has an end: set "
+                    "trainer.max_epochs or max_steps."
+                )
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, StepSchedule):
                 config.scheduler.set_peak(self.lr)  # which a finder may have changed
@@ -432,11 +444,13 @@ class Team(LightningModule):
             self.averaged_teachers.update(nets, self.global_step)
         self._guard.before_forward(self)
         with seeded(self._step_seed(batch_idx), images.device):
-            logits = self._training_logits(images, progress, batch_idx)
-            teachers = self._averaged_logits(logits, images)
-        terms = self.criterion.terms(logits, target, progress, teachers)
+            seed = [self._run_seed, self.current_epoch, batch_idx]
+            leader_learns = not self._leader_teaches_only
+            outputs = self._training_pass.run(images, progress, seed, leader_learns)
+            teachers = self._averaged_logits(outputs.logits, images)
+        terms = self.criterion.terms(outputs.logits, target, progress, teachers, outputs.features)
         loss = self.criterion.total(terms, progress)
-        if self.trainer.world_size > 1 and self._leaves_weights_out():
+        if self.trainer.world_size > 1 and not self._uses_all_weights:
             loss = self._idle.include(loss, self._trained_parameters())
         named = terms.named()
         # In one collective, by which all processes also know of values that are not finite in any.
@@ -458,19 +472,8 @@ class Team(LightningModule):
         results: dict[str, Any] = self.trainer._results or {}
         for key in list(results):
             name = key.removeprefix("training_step.train/")
-            if name.startswith(("ce/", "kd/")) and name not in terms:
+            if name.startswith(("ce/", "kd/", "features/")) and name not in terms:
                 del results[key]
-
-    def _training_logits(
-        self, images: Tensor, progress: float, batch_idx: int
-    ) -> dict[str, Tensor]:
-        """Runs the members that take part in a step."""
-        with torch.set_grad_enabled(not self._leader_teaches_only):
-            logits = member_logits({}, self.leader, images)
-        if self.leader is not None and progress <= self.schedule_config.leader_alone:
-            return logits
-        depths = self._depths_of_step(progress, batch_idx)
-        return logits | member_logits(self.elastic_nets, None, images, depths)
 
     def _averaged_logits(self, logits: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """Runs the averages of the members that take part, other than a finished Leader."""
@@ -482,28 +485,6 @@ class Team(LightningModule):
             if member != LEADER or not self._leader_teaches_only
         }
         return self.averaged_teachers.logits(learning, images)
-
-    def _depths_of_step(self, progress: float, batch_idx: int) -> dict[str, list[Depth]]:
-        """Chooses the depths of each Teammate, the same in all processes and in a resumed run."""
-        depths = {}
-        for name, net in self.elastic_nets.items():
-            parts = [self._run_seed, self.current_epoch, batch_idx, *name.encode()]
-            draw = np.random.default_rng(parts)
-            config = self._teammate_configs.get(name, _ALL_DEPTHS)
-            depths[name] = depths_of_step(net.training_depths(), config, progress, draw)
-        return depths
-
-    def _leaves_weights_out(self) -> bool:
-        """Whether some steps do not use all weights."""
-        return (
-            (self.leader is not None and self.criterion.leader_finish < 1)
-            or self.schedule_config.leader_alone > 0
-            or any(
-                config.sampled_depths is not None or config.progressive
-                for config in self._teammate_configs.values()
-            )
-            or any(net.training_depths() != net.depths for net in self.elastic_nets.values())
-        )
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

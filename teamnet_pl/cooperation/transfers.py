@@ -109,6 +109,31 @@ class SubNetworkEdge(Edge):
 
 
 @dataclass(frozen=True)
+class FeatureEdge:
+    """How transfers teach features besides logits.
+
+    Each transfer from one net to another teaches the features of these modules, too, where both
+    nets have a module of that name whose features have the same shape. Its loss is the mean squared
+    error divided by the mean square of the teacher's features.
+
+    Attributes:
+        weight: Factor of the loss, which also grows by the ramp of the transfer.
+        modules: Names of modules in the backbones, with wildcards, such as ``layer?``.
+
+    Source: Romero et al., "FitNets" (arXiv 1412.6550), without its regressor.
+    """
+
+    weight: float = 0.0
+    modules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise TeamNetError(f"The weight of features must not be negative, found {self.weight}.")
+        if self.weight and not self.modules:
+            raise TeamNetError("Features with a weight need the names of modules, such as layer3.")
+
+
+@dataclass(frozen=True)
 class LabelWeights:
     """Weights of the label losses.
 
@@ -145,6 +170,7 @@ class Cooperation:
             gives to the label, so that strong teachers are not diluted by weak ones.
         to_leader: From each Teammate's deepest depth to the Leader, as long as it is trained.
         extra: Any others, by name.
+        features: Features that the transfers teach besides logits.
         labels: Weights of the label losses.
         member_weights: Factors of all losses of single members, by name, such as ``a/d3: 2.0``.
         averaged_teachers: Decay of moving averages of the Leader and of the Teammates, such as
@@ -157,6 +183,7 @@ class Cooperation:
     ensemble: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.0))
     to_leader: Edge = field(default_factory=lambda: Edge(0.0))
     extra: list[Transfer] = field(default_factory=list)
+    features: FeatureEdge = field(default_factory=FeatureEdge)
     labels: LabelWeights = field(default_factory=LabelWeights)
     member_weights: dict[str, float] = field(default_factory=dict)
     averaged_teachers: float = 0.0

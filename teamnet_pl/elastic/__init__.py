@@ -4,6 +4,7 @@ from teamnet_pl.elastic.adaptive import AdaptiveNet, DepthLike
 from teamnet_pl.elastic.costs import Cost, cost, cost_table, costs_without_blocks, depth_costs
 from teamnet_pl.elastic.depths import Depth, DepthPolicy, DepthSpec, derive_depths, drop_order
 from teamnet_pl.elastic.discovery.find import trace_backbone
+from teamnet_pl.elastic.features import DepthFeatures
 from teamnet_pl.elastic.net import ElasticNet
 from teamnet_pl.elastic.plan import Block, Trace
 
@@ -12,6 +13,7 @@ __all__ = [
     "Block",
     "Cost",
     "Depth",
+    "DepthFeatures",
     "DepthLike",
     "DepthPolicy",
     "DepthSpec",

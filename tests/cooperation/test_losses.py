@@ -12,6 +12,7 @@ from teamnet_pl.cooperation import (
     Cooperation,
     CooperativeLoss,
     Edge,
+    FeatureEdge,
     KLDivergence,
     LabelWeights,
     PeerEdge,
@@ -249,3 +250,56 @@ def test_label_smoothing_out_of_range(smoothing):
         ValueError, match=rf"label_smoothing must be in \[0, 1\), found {smoothing}"
     ):
         CooperativeLoss(TEAMMATES, label_smoothing=smoothing)
+
+
+@given(weight=st.floats(0.1, 3), progress=st.floats(0.01, 1), seed=st.integers(0, 2**31))
+def test_features_are_taught_where_both_nets_have_them(weight, progress, seed):
+    cooperation = dataclasses.replace(
+        NO_TRANSFERS,
+        leader=TeacherEdge(0.5, ramp=0.4),
+        sub_networks=SubNetworkEdge(0.5, ramp=0.0),
+        features=FeatureEdge(weight, ["x", "y"]),
+        labels=LabelWeights(1.0, 1.0, 1.0),
+        member_weights={"a/d0": 2.0},
+    )
+    criterion = CooperativeLoss(TEAMMATES, cooperation)
+    logits, labels = make_logits(seed)
+    generator = torch.Generator().manual_seed(seed)
+    features = {
+        "leader": {"x": torch.randn(3, 2, generator=generator)},
+        "a/d2": {"x": torch.randn(3, 2, generator=generator), "y": torch.randn(3, 4)},
+        "a/d1": {"x": torch.randn(3, 5, generator=generator)},  # of another shape
+        "a/d0": {"x": torch.randn(3, 2, generator=generator), "y": torch.randn(3, 4)},
+    }
+
+    def error(student, teacher, *modules):
+        values = [
+            ((features[student][name] - features[teacher][name]) ** 2).mean()
+            / (features[teacher][name] ** 2).mean()
+            for name in modules
+        ]
+        return sum(values) / len(values)
+
+    terms = criterion.terms(logits, labels, progress, features=features)
+    expected = {
+        "leader->a/d2": error("a/d2", "leader", "x"),
+        "leader->a/d0": error("a/d0", "leader", "x"),
+        "a/d2->a/d0": error("a/d0", "a/d2", "x", "y"),
+    }
+    assert terms.features.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms.features[name], value)
+        assert terms.named()[f"features/{name}"] is terms.features[name]
+    grown_leader = min(1.0, progress / 0.4)
+    added = criterion.total(terms, progress) - criterion(logits, labels, progress)
+    by_hand = grown_leader * expected["leader->a/d2"]
+    by_hand += 2 * (grown_leader * expected["leader->a/d0"] + expected["a/d2->a/d0"])
+    torch.testing.assert_close(added, weight * by_hand.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [((-1.0, ["x"]), "negative"), ((1.0, []), "names")]
+)
+def test_wrong_features_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureEdge(*options)
