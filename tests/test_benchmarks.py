@@ -127,11 +127,57 @@ def test_a_result_file_with_other_settings_is_kept(resumable, tmp_path):
     assert (tmp_path / "out.json").read_text() == before
 
 
-def test_ablations_are_the_shipped_configs(benchmark, pytestconfig):
+def test_methods_are_the_shipped_configs(benchmark, pytestconfig):
     accuracy = benchmark("accuracy")
-    files = (pytestconfig.rootpath / "teamnet_pl/configs/ablation").glob("*.yaml")
-    assert sorted(accuracy.METHODS) == sorted(["team", "alone", *(path.stem for path in files)])
-    assert "width: 16" in accuracy.ablation("wide_leader", width=8)
+    folder = pytestconfig.rootpath / "teamnet_pl/configs"
+    files = [path for name in ("ablation", "baseline") for path in (folder / name).glob("*.yaml")]
+    names = [str(path.relative_to(folder).with_suffix("")) for path in files]
+    assert sorted(accuracy.METHODS) == sorted(["team", *names])
+    assert "width: 8" in accuracy.method_config("ablation/small_leader", width=8)
+    assert accuracy.has_leader("team")
+    assert accuracy.has_leader("baseline/apart_distilled")
+    assert not accuracy.has_leader("baseline/apart")
+
+
+def result_row(method, seed, lr, val, depth="d7", net="a"):
+    accuracies = {"val": val, "test": val / 2, "val_nll": 1.0, "test_nll": 2.0}
+    row = {"method": method, "seed": seed, "lr": lr, "net": net, "depth": depth, "macs": 10}
+    return row | accuracies
+
+
+def test_the_learning_rate_is_chosen_in_validation_on_seeds_that_all_rates_have(benchmark):
+    accuracy = benchmark("accuracy")
+    rows = [
+        result_row("team", 0, 0.1, 0.5),
+        result_row("team", 0, 0.2, 0.6),
+        result_row("team", 1, 0.1, 0.9),  # another seed with one of the rates
+        result_row("team", 0, 0.1, 0.9, net="leader", depth=None),
+        result_row("baseline/apart", 0, 0.1, 0.4),
+    ]
+    assert accuracy.best_lr(rows, "team") == 0.2
+    chosen = accuracy.chosen_rows({"rows": rows})
+    assert [row["lr"] for row in chosen] == [0.2, 0.1]
+    with pytest.raises(SystemExit, match="no run of baseline/joint"):
+        accuracy.best_lr(rows, "baseline/joint")
+
+
+def test_the_table_pairs_each_method_with_nets_apart(benchmark):
+    accuracy = benchmark("accuracy")
+    rows = []
+    for seed, (team, apart) in enumerate([(0.8, 0.6), (0.7, 0.6)]):
+        for depth, drop in (("d7", 0.0), ("d0", 0.2)):
+            rows.append(result_row("team", seed, 0.1, team - drop, depth))
+            rows.append(result_row("baseline/apart", seed, 0.1, apart - drop, depth))
+            rows[-1]["macs"] = rows[-2]["macs"] = 10 if depth == "d7" else 5
+    result = {"rows": rows, "command": "c", "date": "d", "machine": "m"}
+    lines = accuracy.table(result).splitlines()
+    # Test accuracies are half of those in validation here.
+    assert lines[2] == (
+        "| team | a | 0.1 | 37.5 ± 3.5 | 27.5 ± 3.5 |  |  | 32.5 ± 3.5 | +7.5 ± 3.5 | 2.000 | 2 |"
+    )
+    assert (
+        "| baseline/apart | a | 0.1 | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  | 25.0 ± 0.0 | +0.0" in lines[3]
+    )
 
 
 @pytest.mark.slow
@@ -166,29 +212,40 @@ def test_loading(script, tmp_path):
 @pytest.mark.slow
 def test_accuracy(script, tmp_path):
     out = tmp_path / "out.json"
-    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 0, "--jobs", 1]
-    done = script("accuracy.py", *options, "--methods", "team", "alone", "--out", out)
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--leader-width", 8]
+    options += ["--seeds", 0, "--jobs", 1, "--leader-epochs", 1]
+    methods = ["team", "baseline/apart_distilled", "baseline/apart"]
+    done = script("accuracy.py", *options, "--methods", *methods, "--out", out)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["net"] for row in rows} == {"leader", "a", "b", "ensemble", "alone"}
-    depths = {row["depth"] for row in rows if row["net"] == "alone"}
-    assert depths == {row["depth"] for row in rows if row["net"] == "a"}
+    assert {row["net"] for row in rows} == {"leader", "a", "b", "ensemble"}
+    depths = {
+        method: [row["depth"] for row in rows if row["method"] == method and row["net"] == "a"]
+        for method in methods
+    }
+    assert depths["team"] == depths["baseline/apart"] == depths["baseline/apart_distilled"]
     assert all(0 <= row[split] <= 1 for row in rows for split in ("val", "test"))
+    # The very same Leader teaches.
+    first, second = [row for row in rows if row["net"] == "leader"]
+    assert first["test_nll"] == second["test_nll"]
 
-    done = script("accuracy.py", *options, "--methods", "joint", "team", "--out", out)
+    rates = ["--lr", 0.1, 0.2, "--figure", tmp_path / "figure.png"]
+    methods = ["--methods", "baseline/joint", "team", *rates]
+    done = script("accuracy.py", *options, *methods, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["joint 0 done"]
+    assert len(done.stdout.splitlines()[1:]) == 3  # two of joint, and one more of the team
     result = json.loads(out.read_text())
     assert result["rows"][: len(rows)] == rows
-    assert {row["method"] for row in result["rows"][len(rows) :]} == {"joint"}
-    assert result["settings"]["methods"] == ["team", "alone", "joint"]
+    assert result["settings"]["methods"][-1] == "baseline/joint"
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
     out = tmp_path / "out.json"
-    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 3]
-    done = script("accuracy.py", *options, "--methods", "no_peer", "--out", out)
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--leader-width", 4]
+    options += ["--seeds", 3, "--methods", "ablation/no_peer"]
+    done = script("accuracy.py", *options, "--out", out)
     assert done.returncode == 0, done.stderr
     fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
     fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
