@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 SHARED = {"harness", "make_tables", "package_files"}
 
@@ -127,11 +128,40 @@ def test_a_result_file_with_other_settings_is_kept(resumable, tmp_path):
     assert (tmp_path / "out.json").read_text() == before
 
 
-def test_ablations_are_the_shipped_configs(benchmark, pytestconfig):
+def test_methods_are_the_shipped_configs(benchmark, pytestconfig):
     accuracy = benchmark("accuracy")
-    files = (pytestconfig.rootpath / "teamnet_pl/configs/ablation").glob("*.yaml")
-    assert sorted(accuracy.METHODS) == sorted(["team", "alone", *(path.stem for path in files)])
-    assert "width: 16" in accuracy.ablation("wide_leader", width=8)
+    folder = pytestconfig.rootpath / "teamnet_pl/configs"
+    names = [
+        f"{kind}/{path.stem}"
+        for kind in ("ablation", "baseline")
+        for path in (folder / kind).iterdir()
+    ]
+    assert sorted(accuracy.METHODS) == sorted(["team", *names])
+
+
+def test_widths_in_a_method_follow_the_teammates(benchmark, pytestconfig):
+    path = pytestconfig.rootpath / "teamnet_pl/configs/ablation/small_leader.yaml"
+    assert "width: 16" in path.read_text()
+    config = benchmark("accuracy").method_config("ablation/small_leader", width=8)
+    assert yaml.safe_load(config)["model"]["leader"]["options"] == {"width": 8}
+
+
+def accuracy_rows(means, method="team", net="a"):
+    """Rows of two depths around a mean accuracy, by learning rate and seed."""
+    return [
+        {"method": method, "net": net, "lr": lr, "seed": seed, "macs": 2 - sign, "val": mean + sign}
+        for (lr, seed), mean in means.items()
+        for sign in (0.1, -0.1)
+    ]
+
+
+def test_the_best_rate_is_that_of_the_seeds_that_all_rates_have(benchmark):
+    accuracy = benchmark("accuracy")
+    rows = accuracy_rows({(0.1, 0): 0.5, (0.2, 0): 0.6, (0.1, 1): 0.9})
+    rows += accuracy_rows({(0.1, 0): 0.8, (0.2, 0): 0.2}, net="b")
+    assert accuracy.best_lr(rows, "team") == 0.2
+    with pytest.raises(SystemExit, match="no run of baseline/apart"):
+        accuracy.best_lr(rows, "baseline/apart")
 
 
 @pytest.mark.slow
@@ -166,29 +196,35 @@ def test_loading(script, tmp_path):
 @pytest.mark.slow
 def test_accuracy(script, tmp_path):
     out = tmp_path / "out.json"
-    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 0, "--jobs", 1]
-    done = script("accuracy.py", *options, "--methods", "team", "alone", "--out", out)
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--leader-width", 4]
+    options += ["--seeds", 0, "--jobs", 1]
+    done = script("accuracy.py", *options, "--methods", "team", "baseline/apart", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["net"] for row in rows} == {"leader", "a", "b", "ensemble", "alone"}
-    depths = {row["depth"] for row in rows if row["net"] == "alone"}
-    assert depths == {row["depth"] for row in rows if row["net"] == "a"}
+    assert {row["net"] for row in rows} == {"leader", "a", "b", "ensemble"}
+    depths = {
+        method: {row["depth"] for row in rows if (row["method"], row["net"]) == (method, "a")}
+        for method in ("team", "baseline/apart")
+    }
+    assert len(depths["team"]) == 4
+    assert depths["team"] == depths["baseline/apart"]
     assert all(0 <= row[split] <= 1 for row in rows for split in ("val", "test"))
 
-    done = script("accuracy.py", *options, "--methods", "joint", "team", "--out", out)
+    done = script("accuracy.py", *options, "--methods", "baseline/joint", "team", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["joint 0 done"]
+    assert done.stdout.splitlines()[1:] == ["baseline/joint 0 0.1 done"]
     result = json.loads(out.read_text())
     assert result["rows"][: len(rows)] == rows
-    assert {row["method"] for row in result["rows"][len(rows) :]} == {"joint"}
-    assert result["settings"]["methods"] == ["team", "alone", "joint"]
+    assert {row["method"] for row in result["rows"][len(rows) :]} == {"baseline/joint"}
+    assert result["settings"]["methods"] == ["team", "baseline/apart", "baseline/joint"]
 
 
 @pytest.mark.slow
 def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
     out = tmp_path / "out.json"
-    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--seeds", 3]
-    done = script("accuracy.py", *options, "--methods", "no_peer", "--out", out)
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--leader-width", 4]
+    options += ["--seeds", 3, "--methods", "ablation/no_peer"]
+    done = script("accuracy.py", *options, "--out", out)
     assert done.returncode == 0, done.stderr
     fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
     fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
