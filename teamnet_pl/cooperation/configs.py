@@ -42,8 +42,8 @@ class TeammateConfig(BackboneConfig):
         sampled_depths: Number of depths, besides the deepest and the shallowest, that each step of
             training draws and runs; all by default. Source: the sandwich rule of Yu and Huang,
             "Universally Slimmable Networks" (arXiv 1903.05134).
-        progressive: Share of the training over which the shallower depths join one by one, the
-            deeper ones first. Source: progressive shrinking of Cai et al., "Once-for-All"
+        progressive: Share of the Teammates' training over which the shallower depths join one by
+            one, the deeper ones first. Source: progressive shrinking of Cai et al., "Once-for-All"
             (arXiv 1908.09791).
         shared_gradients: Whether the gradient of a weight is the sum over the depths that share it,
             or their mean. Source of the mean: gradient equilibrium of Li et al., "Improved

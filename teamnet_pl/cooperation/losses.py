@@ -10,7 +10,11 @@ import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
 from torch import Tensor, nn
 
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER, at_least_single
-from teamnet_pl.cooperation.transfers import Cooperation, ramp_factor
+from teamnet_pl.cooperation.transfers import (
+    Cooperation,
+    progress_since,
+    ramp_factor,
+)
 from teamnet_pl.errors import TeamNetError
 
 _LEAST_LABEL_WEIGHT = 0.1
@@ -55,6 +59,8 @@ class CooperativeLoss(nn.Module):
         teammates: Each Teammate's depths or their names, the deepest first.
         cooperation: The transfers, and the weights of labels and members.
         leader: Whether there is a Leader.
+        leader_alone: Share of the training in which the Leader alone is trained; transfers grow
+            from then on.
         leader_finish: Share of the training after which the Leader only teaches; 0 for a frozen
             one, which learns nothing at all.
         label_smoothing: Share of the label spread over all classes, from 0 to 1.
@@ -83,6 +89,7 @@ class CooperativeLoss(nn.Module):
         cooperation: Cooperation | None = None,
         *,
         leader: bool = True,
+        leader_alone: float = 0.0,
         leader_finish: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -95,14 +102,22 @@ class CooperativeLoss(nn.Module):
         self.transfers = tuple(
             transfer for transfer in transfers if transfer.student != LEADER or leader_finish > 0
         )
-        self._check_every_member_learns(teammates)
+        self._check_every_member_learns(teammates, leader_learns=leader and leader_finish > 0)
+        self.leader_alone = leader_alone if leader else 0.0
         self.leader_finish = leader_finish
         self.label_smoothing = label_smoothing
         self._deepest = [f"{name}/{depths[0]}" for name, depths in teammates.items()]
 
-    def _check_every_member_learns(self, teammates: Mapping[str, Sequence[object]]) -> None:
+    def _check_every_member_learns(
+        self, teammates: Mapping[str, Sequence[object]], leader_learns: bool
+    ) -> None:
         labels = self.cooperation.labels
         students = {transfer.student for transfer in self.transfers}
+        if leader_learns and labels.leader == 0 and LEADER not in students:
+            raise TeamNetError(
+                "Nothing teaches the Leader: give its labels a weight, or freeze it "
+                "(leader.frozen true)."
+            )
         for name, depths in teammates.items():
             for index, depth in enumerate(depths):
                 weight = labels.others if index else labels.deepest
@@ -185,11 +200,14 @@ class CooperativeLoss(nn.Module):
         if weight is not None:
             return weight
         taken = sum(
-            transfer.weight * ramp_factor(transfer.ramp, progress)
+            transfer.weight * self._grown(transfer.ramp, progress)
             for transfer in self.transfers
             if transfer.student == member
         )
         return max(_LEAST_LABEL_WEIGHT, 1 - taken)
+
+    def _grown(self, ramp: float, progress: float) -> float:
+        return ramp_factor(ramp, progress_since(self.leader_alone, progress))
 
     def ramps(self, progress: float) -> dict[str, float]:
         """Returns the factor of each group of transfers that has a weight, 0 to 1.
@@ -198,7 +216,7 @@ class CooperativeLoss(nn.Module):
             progress: Share of the training that is done, this step included.
         """
         return {
-            name: ramp_factor(edge.ramp, progress)
+            name: self._grown(edge.ramp, progress)
             for name, edge in self.cooperation.edges().items()
             if edge.weight > 0
         }
@@ -223,7 +241,7 @@ class CooperativeLoss(nn.Module):
         ]
         weighted += [
             factors.get(transfer.student, 1.0)
-            * ramp_factor(transfer.ramp, progress)
+            * self._grown(transfer.ramp, progress)
             * transfer.weight
             * terms.transfers[str(transfer)]
             for transfer in self.transfers
@@ -231,7 +249,7 @@ class CooperativeLoss(nn.Module):
         ]
         weighted += [
             factors.get(transfer.student, 1.0)
-            * ramp_factor(transfer.ramp, progress)
+            * self._grown(transfer.ramp, progress)
             * self.cooperation.features.weight
             * terms.features[str(transfer)]
             for transfer in self.transfers

@@ -189,6 +189,7 @@ class Team(LightningModule):
             {name: net.depths for name, net in self.elastic_nets.items()},
             cooperation,
             leader=leader is not None,
+            leader_alone=schedule.leader_alone,
             leader_finish=0.0 if self.leader_frozen else schedule.leader_finish,
             label_smoothing=label_smoothing,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teamnet_pl.cooperation.configs import TeammateConfig
 from teamnet_pl.cooperation.members import LEADER, member_logits
-from teamnet_pl.cooperation.transfers import FeatureEdge
+from teamnet_pl.cooperation.transfers import FeatureEdge, progress_since
 from teamnet_pl.elastic import AdaptiveNet, Depth, DepthFeatures, ElasticNet
 from teamnet_pl.elastic.features import modules_named, recorded
 from teamnet_pl.errors import TeamNetError
@@ -93,6 +93,7 @@ class TrainingPass:
         outputs = self._run_leader(images, leader_learns)
         if progress <= self._leader_alone:
             return outputs
+        progress = progress_since(self._leader_alone, progress)
         depths = {
             name: depths_of_step(
                 net.training_depths(),
@@ -141,7 +142,7 @@ def depths_of_step(
     Args:
         depths: All depths that are trained, the deepest first.
         config: How many are drawn, and when they join.
-        progress: Share of the training that is done, this step included.
+        progress: Share of the Teammates' training that is done, this step included.
         draw: The generator to draw with.
 
     Returns:

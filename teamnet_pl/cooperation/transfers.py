@@ -30,6 +30,16 @@ def ramp_factor(share: float, progress: float) -> float:
     return min(1.0, progress / share) if share else 1.0
 
 
+def progress_since(start: float, progress: float) -> float:
+    """Converts the progress of a training to that of its part from a share of it on, at least 0.
+
+    Example:
+        >>> progress_since(0.5, 0.75)
+        0.5
+    """
+    return max(0.0, (progress - start) / (1 - start))
+
+
 def _check_ramp(ramp: float) -> None:
     if not 0 <= ramp <= 1:
         raise TeamNetError(f"The ramp is a share of the training, 0 to 1; found {ramp}.")
@@ -42,8 +52,8 @@ class Edge:
     Attributes:
         weight: Factor of the transfer's loss; 0 leaves the transfer out.
         kind: The transfer's loss, by its class path and options.
-        ramp: Share of the training over which the loss grows from nothing to its weight, since
-            teachers that are in training themselves know nothing at first.
+        ramp: Share of the Teammates' training over which the loss grows from nothing to its weight,
+            since teachers that are in training themselves know nothing at first.
     """
 
     weight: float

@@ -134,6 +134,8 @@ class ByHand(pl.Callback):
         step = len(self.steps)
         done = (step + 1) / STEPS
         leader_learns, teammates_run = trained(self.case, step)
+        alone = self.case.team.get("schedule", ScheduleConfig()).leader_alone
+        done = max(0.0, (done - alone) / (1 - alone))  # of the Teammates' training
         logits = logits_by_hand(team, images, leader_trains=leader_learns)
         if not teammates_run:
             logits = {"leader": logits["leader"]}

@@ -194,11 +194,24 @@ def test_a_depth_that_nothing_teaches_is_refused(labels, member):
 
 
 def test_a_step_without_any_loss_is_refused():
-    cooperation = dataclasses.replace(NO_TRANSFERS, labels=LabelWeights(leader=0.0))
-    criterion = CooperativeLoss(TEAMMATES, cooperation)
+    criterion = CooperativeLoss(TEAMMATES, NO_TRANSFERS, leader_finish=0.5)
     logits, labels = make_logits(8)
     with pytest.raises(ValueError, match="No term of the loss has a weight"):
-        criterion({"leader": logits["leader"]}, labels)
+        criterion({"leader": logits["leader"]}, labels, progress=0.7)
+
+
+def test_a_leader_that_nothing_teaches_is_refused():
+    cooperation = dataclasses.replace(NO_TRANSFERS, labels=LabelWeights(leader=0.0))
+    with pytest.raises(ValueError, match="Nothing teaches the Leader"):
+        CooperativeLoss(TEAMMATES, cooperation)
+    CooperativeLoss(TEAMMATES, cooperation, leader_finish=0.0)  # a frozen one
+
+
+def test_transfers_grow_from_when_the_teammates_start():
+    cooperation = dataclasses.replace(NO_TRANSFERS, leader=TeacherEdge(1.0, ramp=0.5))
+    criterion = CooperativeLoss(TEAMMATES, cooperation, leader_alone=0.6)
+    growth = [criterion.ramps(progress)["leader"] for progress in (0.3, 0.6, 0.7, 0.8, 1.0)]
+    assert growth == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
 
 
 def test_other_logits_may_teach_in_place_of_a_member():
