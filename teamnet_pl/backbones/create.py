@@ -34,8 +34,9 @@ class BackboneConfig:
 
     Attributes:
         name: ``torchvision/<model>``, ``timm/<model>``, or for images of about 32² ``cifar/``
-            followed by ``resnet20`` (32, 44, 56, 110), ``wrn28_10`` (or any other wide ResNet) or
-            a ResNet of torchvision, such as ``resnet18``, whose stem then keeps the resolution. Or
+            followed by ``resnet20`` (32, 44, 56, 110), ``resnet20x2`` (or any other multiple of its
+            width), ``wrn28_10`` (or any other wide ResNet) or a ResNet of torchvision, such as
+            ``resnet18``, whose stem then keeps the resolution. Or
             the import path of a class or function that returns a module, such as
             ``my_package.MyNet``; it is called with the arguments ``num_classes`` and
             ``in_channels``, or with those of them that it takes.
@@ -155,21 +156,27 @@ def _accepted_by(factory: _Factory, arguments: dict[str, Any]) -> dict[str, Any]
 
 
 def _cifar_factory(model: str) -> _Factory | None:
-    from teamnet_pl.backbones.cifar_resnet import CifarResNet
     from teamnet_pl.backbones.from_torchvision import resnet_names, small_image_resnet
     from teamnet_pl.backbones.wide_resnet import WideResNet
 
-    if model in _CIFAR_RESNETS:
-        return _bind(CifarResNet, depth=_CIFAR_RESNETS[model])
+    name, times, factor = model.partition("x")
+    if name in _CIFAR_RESNETS and (not times or re.fullmatch(r"[1-9]\d?", factor)):
+        return _bind(_multiplied, depth=_CIFAR_RESNETS[name], factor=int(factor or 1))
     if wide := re.fullmatch(r"wrn(\d+)_(\d+)", model):
         return _bind(WideResNet, depth=int(wide[1]), width=int(wide[2]))
     return _bind(small_image_resnet, name=model) if model in resnet_names() else None
 
 
+def _multiplied(factor: int, width: int = 16, **arguments: Any) -> nn.Module:
+    from teamnet_pl.backbones.cifar_resnet import CifarResNet
+
+    return CifarResNet(width=factor * width, **arguments)
+
+
 def _cifar_models() -> list[str]:
     from teamnet_pl.backbones.from_torchvision import resnet_names
 
-    return [*_CIFAR_RESNETS, "wrn28_10", *resnet_names()]
+    return [*_CIFAR_RESNETS, "resnet20x2", "wrn28_10", *resnet_names()]
 
 
 def _torchvision_factory(model: str) -> _Factory | None:

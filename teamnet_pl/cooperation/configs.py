@@ -15,12 +15,13 @@ from teamnet_pl.errors import TeamNetError
 
 @dataclass(frozen=True)
 class LeaderConfig(BackboneConfig):
-    """The Leader.
+    """The Leader: by default twice as wide as the default Teammates.
 
     Attributes:
         frozen: Whether it only teaches: evaluation mode, no gradient, no label loss.
     """
 
+    name: str = "cifar/resnet20x2"
     frozen: bool = False
 
 

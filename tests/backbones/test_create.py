@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import WeightsEnum
 
+from teamnet_pl import LeaderConfig, TeammateConfig
 from teamnet_pl.backbones import (
     BackboneConfig,
     CifarResNet,
@@ -20,6 +21,7 @@ from teamnet_pl.backbones import (
     [
         ("cifar/resnet20", {}, CifarResNet),
         ("cifar/resnet20", {"width": 4}, CifarResNet),
+        ("cifar/resnet32x4", {"width": 2}, CifarResNet),
         ("cifar/wrn10_1", {"dropout": 0.1}, WideResNet),
         ("cifar/resnet18", {}, torchvision.models.ResNet),
         ("cifar/resnext50_32x4d", {}, torchvision.models.ResNet),
@@ -88,6 +90,8 @@ def test_for_one_channel_the_first_convolution_is_summed(name):
         ("cifar/resnet21", "cifar/resnet20"),
         ("cifar/", "cifar/resnet"),
         ("cifar/wrn28", "cifar/wrn28_10"),
+        ("cifar/resnet20x0", "cifar/resnet20x2"),
+        ("cifar/resnet20x", "cifar/resnet20x2"),
         ("cifar/resnet19", "cifar/resnet18"),
         ("torchvision/resnet81", "torchvision/resnet18"),
         ("torchvision/fasterrcnn_resnet50_fpn", "torchvision/resnet50"),  # does not classify
@@ -237,3 +241,20 @@ def test_weights_of_another_width_are_refused(tmp_path):
     config = BackboneConfig("cifar/resnet20", {"width": 4}, str(tmp_path / "weights.pth"))
     with pytest.raises(ValueError, match=r"(?s)do not fit cifar/resnet20.*mismatch for layer1"):
         create_backbone(config, num_classes=10, in_channels=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "width"),
+    [("resnet20", {}, 16), ("resnet20x2", {}, 32), ("resnet20x3", {"width": 4}, 12)],
+)
+def test_a_multiple_of_the_width(name, options, width):
+    config = BackboneConfig(f"cifar/{name}", options)
+    net = create_backbone(config, num_classes=3, in_channels=1)
+    weights = CifarResNet(20, 3, 1, width).state_dict()
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in weights.items()}
+
+
+def test_the_default_leader_is_wider_than_the_default_teammates():
+    leader, teammate = LeaderConfig(), TeammateConfig()
+    assert (leader.name, teammate.name) == ("cifar/resnet20x2", "cifar/resnet20")
