@@ -288,11 +288,12 @@ def table(result: Result) -> str:
                 mean_and_deviation(means),
                 mean_and_deviation(differences, "+.1f"),
                 f"{statistics.mean(losses):.3f}",
+                f"{statistics.mean(depths[0]['seconds'] for depths in by_seed.values()) / 60:.1f}",
                 str(len(by_seed)),
             ]
         )
     header = ["method", "net", "learning rate", "deepest", "2nd", "3rd", "4th", "mean"]
-    header += ["from nets apart", "NLL", "seeds"]
+    header += ["from nets apart", "NLL", "minutes", "seeds"]
     return with_source(markdown(header, lines), result)
 
 
