@@ -236,7 +236,7 @@ def test_configs_compose_and_options_override(cli, capsys, tmp_path):
         (["--model.a.depths", 20], ["2 to 8 depths"]),
         (["--model.schedule.warmup", 2], ["warmup"]),
         (["--model.cooperation.peer.weight", -1], ["weight", "negative"]),
-        (["--model.cooperation.extra", "[{teacher: a, student: c}]"], ["a->c", "b/d7"]),
+        (["--model.cooperation.extra", "[{weight: 1, teacher: a, student: c}]"], ["a->c", "b/d7"]),
         (["--model.leader.checkpoint", "none.pt"], ["none.pt"]),
         (["--ckpt_path", "none.ckpt"], ["none.ckpt"]),
         (["--ckpt_path=none.ckpt"], ["none.ckpt"]),

@@ -260,32 +260,36 @@ class Cooperation:
             transfers += _taught_by(ENSEMBLE, depths, self.ensemble)
         if has_leader:
             transfers += [_transfer(self.to_leader, each, LEADER) for each in deepest.values()]
-        for extra in self.extra:
-            teacher = deepest.get(extra.teacher, extra.teacher)
-            student = deepest.get(extra.student, extra.student)
-            transfers.append(_transfer(extra, teacher, student))
         students = {member for depths in members.values() for member in depths}
         students |= {LEADER} if has_leader else set()
-        self._check(transfers, students)
-        return tuple(transfer for transfer in transfers if transfer.weight > 0)
-
-    def _check(self, transfers: Sequence[Transfer], members: set[str]) -> None:
-        teachers = members | {ENSEMBLE}
-        for transfer in transfers:
-            teacher, student = transfer.teacher, transfer.student
-            if teacher not in teachers or student not in members or teacher == student:
-                raise TeamNetError(
-                    f"There is no transfer {transfer}: the teacher must be one of "
-                    f"{', '.join(sorted(teachers))}, and the student another one of "
-                    f"{', '.join(sorted(members))}."
-                )
-        weighted = [str(transfer) for transfer in transfers if transfer.weight > 0]
-        name, times = Counter(weighted).most_common(1)[0] if weighted else ("", 0)
+        transfers += self._extra_transfers(deepest, students)
+        transfers = [transfer for transfer in transfers if transfer.weight > 0]
+        name, times = Counter(map(str, transfers)).most_common(1)[0] if transfers else ("", 0)
         if times > 1:
             raise TeamNetError(
                 f"There are {times} transfers {name}: set the weight of all but one to 0, or "
                 "combine their losses in a kind of your own."
             )
+        self._check_member_weights(students)
+        return tuple(transfers)
+
+    def _extra_transfers(self, deepest: Mapping[str, str], students: set[str]) -> list[Transfer]:
+        """The extra transfers, a Teammate's name standing for its deepest depth."""
+        teachers = students | {ENSEMBLE}
+        transfers = []
+        for extra in self.extra:
+            teacher = deepest.get(extra.teacher, extra.teacher)
+            student = deepest.get(extra.student, extra.student)
+            if teacher not in teachers or student not in students or teacher == student:
+                raise TeamNetError(
+                    f"There is no transfer {extra}: the teacher must be one of "
+                    f"{', '.join(sorted(teachers))}, and the student another one of "
+                    f"{', '.join(sorted(students))}."
+                )
+            transfers.append(_transfer(extra, teacher, student))
+        return transfers
+
+    def _check_member_weights(self, members: set[str]) -> None:
         if unknown := self.member_weights.keys() - members:
             raise TeamNetError(
                 f"member_weights: there is no member {', '.join(sorted(unknown))}; the members are "

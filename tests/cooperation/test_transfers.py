@@ -130,7 +130,7 @@ def test_extra_transfers_name_members_or_teammates():
 )
 def test_transfers_that_are_not_between_two_members_are_refused(teacher, student):
     cooperation = Cooperation(extra=[Transfer(0.5, teacher=teacher, student=student)])
-    with pytest.raises(ValueError, match=r"no transfer .*->.*: .*a/d1.*b/d0"):
+    with pytest.raises(ValueError, match=f"no transfer {teacher}->{student}: .*a/d1.*b/d0"):
         cooperation.transfers(TEAMMATES, has_leader=True)
 
 
