@@ -20,8 +20,8 @@ class LayerDropNet(BaselineNet):
     `training_depths`. In evaluation a depth skips its blocks and nothing is rescaled. All depths
     share one set of batch norm statistics.
 
-    A block that is dropped has no gradient in that step, and each process draws its own blocks: DDP
-    needs ``find_unused_parameters``.
+    A block that is dropped has no gradient in that step, and each process draws its own blocks. A
+    `Team` takes care of this; in a loop of your own DDP needs ``find_unused_parameters``.
 
     Args:
         backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``. It is not copied.

@@ -87,6 +87,13 @@ def test_weights_agree_where_members_take_turns(cli, two_processes, own_nets, tm
     assert momenta[0].keys() == momenta[1].keys()
 
 
+def test_processes_may_drop_other_blocks(cli, two_processes, tmp_path):
+    options = ["--config", cli.config, "--model.a.net", "teamnet_pl.baselines.LayerDropNet"]
+    options += ["--trainer.limit_train_batches", "6", "--trainer.max_epochs", "1"]
+    two_processes(tmp_path, "fit", *options)
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 6
+
+
 def test_metrics_of_every_depth_cover_both_processes(runs):
     logged = [logged_metrics(folder) for folder in runs]
     one, two = (of_split(metrics, "val") | of_split(metrics, "test") for metrics in logged)
