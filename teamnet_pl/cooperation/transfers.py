@@ -187,8 +187,8 @@ class Cooperation:
             0.999, which teach in their place; 0 for none.
     """
 
-    leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.6))
-    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.2))
+    leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.5))
+    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.1))
     sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.1))
     ensemble: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.0))
     to_leader: Edge = field(default_factory=lambda: Edge(0.0))
