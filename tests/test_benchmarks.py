@@ -248,6 +248,7 @@ def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
     assert done.returncode == 0, done.stderr
     fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
     fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
+    fit += ["--model.leader.name", "cifar/resnet20"]
     fit += ["--seed_everything", 3, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"]
     fit += ["--trainer.log_every_n_steps", 1]
     cli(tmp_path, "fit", *fit, tiny=False)

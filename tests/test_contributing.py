@@ -49,7 +49,7 @@ def test_there_is_an_example_of_each_in_25_lines(code):
 
 def test_the_dataset_and_the_kind_train_a_team(cli, my_parts):
     options = ["--data", "my_parts.Stripes", "--data.batch_size", 8]
-    options += ["--model.cooperation.peer.kind", "my_parts.Cosine", "--trainer.max_epochs", 3]
+    options += ["--model.cooperation.peer.kind", "my_parts.Cosine", "--trainer.max_epochs", 6]
     options += ["--trainer.limit_train_batches", 20, "--test_after_fit", "true"]
     cli(my_parts, "fit", *options, "--config", "data: {init_args: {train_transform: null}}")
     kind = saved_config(my_parts)["model"]["cooperation"]["peer"]["kind"]
