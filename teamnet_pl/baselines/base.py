@@ -1,4 +1,4 @@
-"""What the baselines have in common: the depths of an elastic net, run one at a time."""
+"""The base of the baselines: the depths of an elastic net, run one at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from teamnet_pl.errors import TeamNetError
 
 
 class BaselineNet(AdaptiveNet):
-    """A net with the depths of the `ElasticNet` of the same arguments, gotten in another way.
+    """A net with the depths of the `ElasticNet` of the same arguments, made in another way.
 
     Args:
         backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``. It is not copied.

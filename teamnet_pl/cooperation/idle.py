@@ -42,7 +42,7 @@ class IdleParameters:
 
         Args:
             parameters: All parameters that are trained.
-            strategy: What reduces values over the processes.
+            strategy: The trainer's strategy, which reduces values over the processes.
         """
         if self._unused is None:
             return

@@ -1,4 +1,4 @@
-"""What all nets of several depths have in common."""
+"""The base of all nets of several depths."""
 
 from __future__ import annotations
 
