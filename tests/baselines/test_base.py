@@ -57,7 +57,7 @@ def test_the_arguments_are_those_of_an_elastic_net(kind):
     assert inspect.signature(kind) == inspect.signature(ElasticNet)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     depths=depth_specs([2, 1]),
     policy=st.sampled_from(["round_robin", "first_stage_first"]),

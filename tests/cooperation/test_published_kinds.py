@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from torchdistill.losses.mid_level import DISTLoss, KDLoss, LogitStdKDLoss
@@ -29,7 +29,6 @@ def oracle(loss, student, teacher, target):
     return loss({".": {"output": student}}, {".": {"output": teacher}}, targets=target)
 
 
-@settings(deadline=None)  # the first example imports
 @given(SEEDS, st.integers(2, 6), st.integers(2, 9), st.floats(0.5, 6))
 def test_kl_divergence(seed, n, classes, temperature):
     batch = draw(seed, n, classes)

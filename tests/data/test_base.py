@@ -111,7 +111,7 @@ def test_evaluation_batches_are_the_normalized_images_in_order(loader):
     np.testing.assert_allclose(pixels(images), truth, atol=1e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch_size=st.integers(1, 250),
     val_fraction=st.floats(0.05, 0.9),
@@ -232,7 +232,7 @@ def test_serving_leaves_the_random_state_unchanged():
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     images=st.integers(1, 50),
     processes=st.integers(1, 5),
@@ -376,7 +376,7 @@ def test_attributes_link_to_the_model_before_setup():
 
 
 @pytest.mark.parametrize("alphas", [(0.5, 0), (0, 1), (1, 1)])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 1000), batch_size=st.integers(2, 30))
 def test_mixed_labels_are_the_shares_of_the_classes_in_the_images(alphas, seed, batch_size):
     mixup, cutmix = alphas

@@ -41,7 +41,7 @@ def test_the_three_splits_are_scikit_learns_digits():
     assert (len(train), len(val), len(test)) == (1293, 144, 360)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(split_seed=st.integers(1, 2**32 - 1), val_fraction=st.floats(0.05, 0.5))
 def test_the_test_split_never_changes(split_seed, val_fraction):
     expected = digits()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from teamnet_pl.data import RandomImages
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     classes=st.integers(2, 5),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),

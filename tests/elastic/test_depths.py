@@ -28,13 +28,13 @@ def test_drop_order(stages, policy, order):
 
 
 @given(stages=stage_sizes, policy=policies)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_drop_order_names_every_block_once(stages, policy):
     assert sorted(drop_order(stages, policy)) == list(range(sum(stages)))
 
 
 @given(stages=stage_sizes, policy=policies, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_number_of_depths(stages, policy, data):
     total = sum(stages)
     number = data.draw(st.integers(2, total + 1) | st.just(total + 1), label="depths")
@@ -58,7 +58,7 @@ def test_any_number_of_depths(stages, policy, data):
 
 
 @given(stages=stage_sizes, policy=policies, data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_list_of_counts_is_the_same_as_a_number(stages, policy, data):
     total = sum(stages)
     every = derive_depths(stages, total + 1, policy)
@@ -82,7 +82,7 @@ def test_interleaved_depths(stages, number, plain, between):
 
 
 @given(stages=stage_sizes, policy=policies, data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_interleaving_keeps_the_number_of_depths(stages, policy, data):
     total = sum(stages)
     number = data.draw(st.integers(2, total + 1), label="depths")

@@ -25,7 +25,7 @@ def make_net(**kwargs):
 
 
 @given(data=st.data(), training=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_features_are_those_of_each_depth_alone(data, training):
     policy = data.draw(st.sampled_from(["last_stage_first", "round_robin", "evenly_spread"]))
     net = make_net(depths=[7, 5, 4, 2, 0], policy=policy).train(training)

@@ -160,7 +160,7 @@ sizes = st.tuples(st.integers(9, 14), st.integers(9, 14))
 
 
 @given(case=cases(), training=st.booleans(), batch=st.integers(1, 5), size=sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packed_equals_one_forward_per_depth(case, training, batch, size):
     net, pristine = compare_with_plain_nets(case, training, batch, size)
     assert len(list(net.parameters())) == len(list(pristine.parameters()))  # all are shared
@@ -172,7 +172,7 @@ def test_packed_equals_one_forward_per_depth(case, training, batch, size):
 
 
 @given(case=cases(kinds=["residual", "preactivation"], norms=["batch"]), training=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packed_with_affine_weights_per_depth(case, training):
     net, pristine = compare_with_plain_nets(
         case, training, batch=3, size=(9, 11), per_depth_affine=True
@@ -182,7 +182,7 @@ def test_packed_with_affine_weights_per_depth(case, training):
 
 
 @given(case=cases(), per_depth_affine=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gradient_checkpointing_changes_no_result(case, per_depth_affine):
     per_depth_affine &= case.norm == "batch"
     compare_with_plain_nets(
@@ -259,7 +259,7 @@ def test_nothing_runs_again_in_evaluation():
 
 
 @given(case=cases(), training=st.booleans(), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_one_depth_equals_a_plain_net(case, training, data):
     backbone = make_backbone(case.kind, case.stages, case.norm)
     pristine = copy.deepcopy(backbone).train(training)
@@ -630,7 +630,7 @@ def compare_with_each_alone(net, depths, size=(9, 10)):
     training=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_some_depths_equal_one_forward_for_each(case, options, training, data):
     net = make_elastic(
         make_backbone(case.kind, case.stages, case.norm),
@@ -653,7 +653,7 @@ def test_some_depths_equal_one_forward_for_each(case, options, training, data):
     training=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_some_depths_where_features_branch(kind, policy, grad_checkpointing, training, data):
     options = {"policy": policy, "grad_checkpointing": grad_checkpointing}
     net = make_elastic(branched(kind), 4, SHAPE, **options).train(training)
@@ -676,7 +676,7 @@ def test_all_depths_by_name_equal_all_depths(training):
 
 
 @given(case=cases(kinds=["residual", "transformer"]), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_blocks_that_depths_have_in_common_run_once(case, data):
     backbone = make_backbone(case.kind, case.stages, case.norm)
     net = ElasticNet(backbone, SHAPE, depths=case.depths, policy=case.policy)

@@ -15,7 +15,7 @@ POLICIES = get_args(DepthPolicy)
     policy=st.sampled_from(POLICIES),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_plan_has_a_stream_for_each_distinct_prefix(stages, policy, data):
     depths = derive_depths(stages, data.draw(depth_specs(stages), label="depths"), policy)
     total = sum(stages)

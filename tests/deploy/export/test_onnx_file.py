@@ -58,7 +58,7 @@ def shared(tmp_path_factory):
     return net, path
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(limit=st.integers(-(2**63), 2**63 - 1), count=st.integers(1, 9), seed=st.integers(0, 99))
 @example(limit=4, count=1, seed=0)
 @example(limit=3, count=1, seed=0)

@@ -202,7 +202,6 @@ def test_a_faster_machine_than_the_profiled_one():
 
 
 @given(st.lists(loads, min_size=1, max_size=8), budgets)
-@settings(deadline=None)
 def test_only_a_rise_of_the_load_costs_requests_and_only_two(pattern, budget):
     machine = Machine(budget)
     for before, load in zip([0, *pattern], pattern, strict=False):
@@ -211,7 +210,7 @@ def test_only_a_rise_of_the_load_costs_requests_and_only_two(pattern, budget):
 
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets, st.floats(0, 1), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_95_of_100_are_in_time(pattern, budget, bias, seed):
     machine = Machine(budget, bias, noise=0.05, seed=seed)
     for load in pattern:
@@ -219,7 +218,7 @@ def test_95_of_100_are_in_time(pattern, budget, bias, seed):
 
 
 @given(loads, budgets, st.floats(0, 2), st.floats(0, 0.3), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
     """Even if one slowdown does not fit all depths, and on a noisy machine."""
     machine = Machine(budget, bias, noise, seed)
@@ -230,7 +229,7 @@ def test_no_thrash_under_the_same_load(load, budget, bias, noise, seed):
 
 
 @given(loads, budgets, st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_thrash_if_the_remaining_budget_varies(load, budget, seed):
     """By less than the headroom, because the time to read the images varies."""
     machine = Machine(budget)
@@ -241,7 +240,7 @@ def test_no_thrash_if_the_remaining_budget_varies(load, budget, seed):
 
 
 @given(loads, budgets, st.floats(0, 2))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_depth_returns_when_the_load_ends(load, budget, bias):
     machine = Machine(budget, bias)
     machine.run(load, 30)
@@ -250,7 +249,7 @@ def test_the_depth_returns_when_the_load_ends(load, budget, bias):
 
 
 @given(st.lists(loads, min_size=1, max_size=6), budgets)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_steady_state_is_the_best_choice_for_the_known_load(pattern, budget):
     """Except for the headroom, which the current depth does not need, and the dead band."""
     machine = Machine(budget)

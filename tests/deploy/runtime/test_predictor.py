@@ -222,7 +222,7 @@ def net_b(checkpoint):
 @given(st.floats(25, 60), st.integers(0, 99))
 @example(32.5, 3)
 @example(33.0, 3)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_thrash_beside_a_process_that_takes_every_other_time_slice(net_b, budget_ms, seed):
     with pytest.MonkeyPatch.context() as patch:
         core = SharedCore(net_b, patch, seed)

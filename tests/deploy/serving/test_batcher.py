@@ -236,7 +236,7 @@ request_lists = st.lists(
 
 
 @given(request_lists, st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_is_lost_and_nothing_answered_twice(requests, max_batch_size):
     machine = Machine()
     answers = serve(machine, requests, max_batch_size)
@@ -253,7 +253,7 @@ def test_nothing_is_lost_and_nothing_answered_twice(requests, max_batch_size):
 
 
 @given(st.lists(st.floats(1, 300), max_size=60), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_admitted_requests_are_in_time(budgets, max_batch_size):
     """If the machine is as fast as expected."""
     machine = Machine()
