@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tests.helpers.runs import BEST, OWN_NETS, TINY, CommandLine
 
-# A busy machine is no failure.
+# A slow example on a busy machine is not a failure.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 

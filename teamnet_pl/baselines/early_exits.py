@@ -17,6 +17,7 @@ from teamnet_pl.baselines.base import BaselineNet
 from teamnet_pl.elastic import DepthLike, cost, costs_without_blocks
 from teamnet_pl.elastic.discovery.find import siblings_of_blocks
 from teamnet_pl.elastic.evaluation import evaluation, example_images
+from teamnet_pl.elastic.features import recorded
 from teamnet_pl.errors import TeamNetError
 
 
@@ -80,23 +81,11 @@ class EarlyExitNet(BaselineNet):
 
     def _possible_heads(self) -> dict[str, nn.Module]:
         """A head for each block that an exit may be behind, in the order in which they run."""
-        features: dict[str, Tensor] = {}
-
-        def keep(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim in (3, 4):
-                features[name] = output
-
-        handles = [
-            self.backbone.get_submodule(name).register_forward_hook(partial(keep, name))
-            for name in siblings_of_blocks(self.backbone, self.blocks)
-        ]
+        names = list(siblings_of_blocks(self.backbone, self.blocks))
         images = example_images(self.backbone, 2, self.input_shape)
-        try:
-            with evaluation(self.backbone):
-                classes = self.backbone(images).shape[-1]
-        finally:
-            for handle in handles:
-                handle.remove()
+        with evaluation(self.backbone), recorded(self.backbone, names) as outputs:
+            classes = self.backbone(images).shape[-1]
+        features = {name: values for name, values in outputs.items() if values.ndim in (3, 4)}
         *_, last = features.values() if features else [images]
         return {
             name: make_head(values, last, self.input_shape, classes).to(values)

@@ -213,7 +213,7 @@ class Team(LightningModule):
         self.averaged_teachers = (
             AveragedTeachers(
                 self.elastic_nets,
-                None if self.leader_frozen else self.leader,
+                self._trained_leader,
                 cooperation.averaged_teachers,
             )
             if cooperation.averaged_teachers
@@ -319,8 +319,7 @@ class Team(LightningModule):
         check_resumable(checkpoint, self.hparams)
         self._unlogged = self.run.pop("unlogged", None)
         if checkpoint["hyper_parameters"]["optimizer"] != self.hparams["optimizer"]:
-            leader = None if self.leader_frozen else self.leader
-            fresh = self.optimizer_config.create(self, self.backbones(), leader)
+            fresh = self.optimizer_config.create(self, self.backbones(), self._trained_leader)
             apply_options(checkpoint, fresh)
         done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         # Averaging ends with one more epoch, in which only batch norms learn.
@@ -354,13 +353,21 @@ class Team(LightningModule):
         self.optimizer_config = replace(self.optimizer_config, lr=value)
         self.hparams["optimizer"]["lr"] = value
 
+    @property
+    def _trained_leader(self) -> nn.Module | None:
+        return None if self.leader_frozen else self.leader
+
+    @property
+    def _tracks_idle_parameters(self) -> bool:
+        return self.trainer.world_size > 1 and not self._uses_all_weights
+
     def members(self) -> list[str]:
         """Lists the names of all that is trained: the Leader and each depth of each Teammate."""
         return member_names(self.elastic_nets, self.leader)
 
     def backbones(self) -> list[nn.Module]:
         """Lists the Leader, if it is trained, and the models of the Teammates."""
-        leader = [] if self.leader is None or self.leader_frozen else [self.leader]
+        leader = [] if self._trained_leader is None else [self._trained_leader]
         return leader + [model for net in self.elastic_nets.values() for model in net.models()]
 
     def logged_metrics(self) -> list[str]:
@@ -451,7 +458,7 @@ class Team(LightningModule):
             teachers = self._averaged_logits(outputs.logits, images)
         terms = self.criterion.terms(outputs.logits, target, progress, teachers, outputs.features)
         loss = self.criterion.total(terms, progress)
-        if self.trainer.world_size > 1 and not self._uses_all_weights:
+        if self._tracks_idle_parameters:
             loss = self._idle.include(loss, self._trained_parameters())
         named = terms.named()
         # In one collective, by which all processes also know of values that are not finite in any.
@@ -500,7 +507,8 @@ class Team(LightningModule):
         Raises:
             TeamNetError: If one is not finite, unless such steps are skipped.
         """
-        self._idle.take_gradients(self._trained_parameters(), self.trainer.strategy)
+        if self._tracks_idle_parameters:
+            self._idle.take_gradients(self._trained_parameters(), self.trainer.strategy)
         for parameter, number in self._shared_parameters:
             if parameter.grad is not None:
                 parameter.grad /= number
@@ -555,7 +563,10 @@ class Team(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes one optimizer for all members, its learning rate scheduled by the step."""
-        leader = None if self.leader_frozen else self.leader
         return configure(
-            self, self.optimizer_config, self.schedule_config, self.backbones(), leader
+            self,
+            self.optimizer_config,
+            self.schedule_config,
+            self.backbones(),
+            self._trained_leader,
         )

@@ -71,16 +71,16 @@ def decoupled_by_hand(student, teacher, labels, alpha, beta, temperature):
 def test_decoupled_distillation(seed, n, classes, temperature, alpha):
     batch = draw(seed, n, classes)
     expected = decoupled_by_hand(*batch, alpha, 2.0, temperature)
-    found = DecoupledKL(alpha, 2.0, temperature)(*batch)
-    assert found.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    loss = DecoupledKL(alpha, 2.0, temperature)(*batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_decoupled_distillation_with_both_weights_of_the_teacher_is_the_plain_one():
     """Equation 7: the plain divergence weighs the second part by 1 - p_target."""
     student, teacher, labels = draw(0, 1, 5)
     rest = 1 - (teacher / 4).softmax(-1)[0, labels[0]].item()
-    found = DecoupledKL(1.0, rest, 4.0)(student, teacher, labels)
-    torch.testing.assert_close(found, KLDivergence(4.0)(student, teacher, labels))
+    loss = DecoupledKL(1.0, rest, 4.0)(student, teacher, labels)
+    torch.testing.assert_close(loss, KLDivergence(4.0)(student, teacher, labels))
 
 
 @pytest.mark.parametrize("kind", [DecoupledKL(), DIST(), StandardizedKL()])
