@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from teamnet_pl.errors import TeamNetError
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,12 @@ def adapt_classes(backbone: nn.Module, old_num_classes: int, num_classes: int) -
 
 
 def adapt_weights(
-    backbone: nn.Module, weights: dict[str, Any], num_classes: int, source: str
+    backbone: nn.Module,
+    weights: dict[str, Any],
+    num_classes: int,
+    source: str,
+    *,
+    new_classifiers: bool = True,
 ) -> dict[str, Any]:
     """Adapts weights for other images or classes to a backbone.
 
@@ -52,11 +59,15 @@ def adapt_weights(
         backbone: The net that the weights are for.
         weights: A state dict of another net of its kind.
         num_classes: Number of classes of the backbone.
-        source: Origin of the weights, for the log.
+        source: Origin of the weights, for messages.
+        new_classifiers: Whether weights for another number of classes are accepted.
 
     Returns:
         The weights, with the channels of the first convolution summed or repeated, and with the
         backbone's own classifiers where the weights are for another number of classes.
+
+    Raises:
+        TeamNetError: If they are for another number of classes, unless that is accepted.
     """
     state = backbone.state_dict()
     adapted = dict(weights)
@@ -68,6 +79,12 @@ def adapt_weights(
         keys = [key for key in (f"{name}.weight", f"{name}.bias") if key in state]
         shapes = [weights[key].shape for key in keys if isinstance(weights.get(key), Tensor)]
         if shapes and all(shape[0] != num_classes for shape in shapes):
+            if not new_classifiers:
+                raise TeamNetError(
+                    f"{source} is for {shapes[0][0]} classes instead of {num_classes}, and {name} "
+                    "would keep random weights, since the net is frozen: give weights that were "
+                    "trained on these classes, or leave it unfrozen."
+                )
             logger.warning(
                 "%s is for %d classes instead of %d: %s starts with new weights.",
                 source, shapes[0][0], num_classes, name,

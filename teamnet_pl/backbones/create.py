@@ -56,6 +56,11 @@ class BackboneConfig:
     checkpoint: str | None = None
     checkpoint_prefix: str = ""
 
+    @property
+    def new_classifiers(self) -> bool:
+        """Whether weights for another number of classes are accepted."""
+        return True
+
     def without_weights(self) -> Self:
         """Returns the same backbone without pretrained weights, for weights from elsewhere."""
         options = {key: value for key, value in self.options.items() if key not in _WEIGHTS_OPTIONS}
@@ -268,7 +273,10 @@ def _load_weights(backbone: nn.Module, config: BackboneConfig, path: str, num_cl
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
     try:
-        backbone.load_state_dict(adapt_weights(backbone, weights, num_classes, path))
+        weights = adapt_weights(
+            backbone, weights, num_classes, path, new_classifiers=config.new_classifiers
+        )
+        backbone.load_state_dict(weights)
     except (AttributeError, RuntimeError) as error:
         beginnings = sorted({str(name).partition(".")[0] for name in state})
         raise TeamNetError(

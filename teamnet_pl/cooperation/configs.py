@@ -24,6 +24,11 @@ class LeaderConfig(BackboneConfig):
     name: str = "cifar/resnet20x2"
     frozen: bool = False
 
+    @property
+    def new_classifiers(self) -> bool:
+        """Whether weights for another number of classes are accepted: a frozen net learns none."""
+        return not self.frozen
+
 
 @dataclass(frozen=True)
 class TeammateConfig(BackboneConfig):

@@ -10,6 +10,7 @@ from torch import nn
 from teamnet_pl import ElasticNet, Team, TeammateConfig
 from teamnet_pl.backbones import CifarResNet
 from teamnet_pl.deploy import Predictor, Teammate
+from teamnet_pl.errors import TeamNetError
 from tests.helpers.runs import BEST, LAST, error_of, logged_rows
 from tests.helpers.teams import (
     TINY_RESNET,
@@ -64,6 +65,15 @@ def test_a_leader_without_gradients_only_teaches():
     terms = team.criterion.terms(team(torch.randn(4, 1, 8, 8)), torch.arange(4))
     assert "leader" not in terms.labels
     assert "leader->a/d7" in terms.transfers
+
+
+def test_a_frozen_leader_needs_weights_for_these_classes(tmp_path):
+    path = tmp_path / "leader.pt"
+    torch.save(CifarResNet(20, 5, 1, 4).state_dict(), path)
+    with pytest.raises(TeamNetError, match=r"leader\.pt is for 5 classes instead of 10.*frozen"):
+        make_team(leader={"frozen": True, "checkpoint": str(path)})
+    torch.save(resnet().state_dict(), path)
+    assert make_team(leader={"frozen": True, "checkpoint": str(path)}).leader_frozen
 
 
 def test_a_checkpoint_of_modules_needs_modules(tmp_path):
