@@ -14,6 +14,7 @@ from teamnet_pl.errors import TeamNetError
 from tests.helpers.nets import (
     BlockNet,
     Lambda,
+    PairNet,
     Residual,
     cifar,
     convnext,
@@ -278,26 +279,5 @@ def test_a_block_whose_output_is_not_its_last_value_is_refused():
 
 
 def test_blocks_that_return_no_features_are_refused():
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, a, b):
-            return a + self.conv(b), b
-
-    class Pairs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 3, padding=1)
-            self.blocks = nn.ModuleList([Pair(), Pair()])
-            self.head = nn.Linear(4, 5)
-
-        def forward(self, x):
-            a = b = self.stem(x)
-            for block in self.blocks:
-                a, b = block(a, b)
-            return self.head(a.mean((2, 3)))
-
-    with pytest.raises(TeamNetError, match=r"Pairs has 0 blocks that return .* at 1 depths"):
-        EarlyExitNet(Pairs(), (3, 8, 8), depths=[2, 0])
+    with pytest.raises(TeamNetError, match=r"PairNet has 0 blocks that return .* at 1 depths"):
+        EarlyExitNet(PairNet(), (3, 8, 8), depths=[2, 0])

@@ -2,10 +2,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from teamnet_pl.baselines import LayerDropNet
-from tests.helpers.nets import BlockNet, Residual, Skipped, make_backbone, plain_at, train
+from tests.helpers.nets import BlockNet, PairNet, Residual, Skipped, make_backbone, plain_at, train
 
 SHAPE = (3, 8, 8)
 
@@ -126,28 +125,7 @@ def test_forwards_are_left_as_they_were():
 
 
 def test_a_block_of_two_features_is_skipped(images):
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, a, b):
-            return a + self.conv(b), b
-
-    class Pairs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 3, padding=1)
-            self.blocks = nn.ModuleList([Pair(), Pair()])
-            self.head = nn.Linear(4, 5)
-
-        def forward(self, x):
-            a = b = self.stem(x)
-            for block in self.blocks:
-                a, b = block(a, b)
-            return self.head(a.mean((2, 3)))
-
-    net = LayerDropNet(Pairs().double(), SHAPE, depths=[2, 0]).eval()
+    net = LayerDropNet(PairNet().double(), SHAPE, depths=[2, 0]).eval()
     expected = net.backbone.head(net.backbone.stem(images).mean((2, 3)))
     torch.testing.assert_close(net.packed(images)[1], expected)
     torch.testing.assert_close(net.extract("d0")(images), expected)

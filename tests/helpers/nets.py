@@ -307,3 +307,33 @@ def train(net: ElasticNet, steps: int = 2, batch_size: int = 3) -> None:
         loss: Any = net.train().packed(images.to(next(net.parameters()))).square().mean()
         loss.backward()
         optimizer.step()
+
+
+class Pair(nn.Module):
+    """A residual block of two features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both features, each ``(N, 4, H, W)``."""
+        return a + self.conv(b), b
+
+
+class PairNet(nn.Module):
+    """Two blocks of two features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList([Pair(), Pair()])
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images ``(N, 3, H, W)`` to logits ``(N, 5)``."""
+        a = b = self.stem(x)
+        for block in self.blocks:
+            a, b = block(a, b)
+        logits: Tensor = self.head(a.mean((2, 3)))
+        return logits
