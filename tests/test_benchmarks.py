@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SHARED = {"harness", "make_tables", "package_files"}
 
@@ -190,6 +191,24 @@ def test_packed_forward(script, tmp_path):
     assert [sum(kept) for kept in row["blocks_per_stage"]] == [7, 5, 4, 2, 0]
     assert row["blocks_ratio"] == pytest.approx(18 / 7)
     assert 1 < row["ceiling"] < 18 / 7
+
+
+def test_team_step(benchmark):
+    options = {"backbone": "cifar/resnet20", "width": 4, "depths": 2, "batch_size": 4, "repeats": 1}
+    team_step = benchmark("team_step")
+    rows = list(team_step.measure(argparse.Namespace(**options)))
+    assert len({(row["policy"], row["leader"]) for row in rows}) == len(rows) == 8
+    table = team_step.table({"rows": rows, "command": "", "date": "", "machine": ""})
+    assert "\n| round_robin | frozen | " in table
+    steps = team_step.Steps(argparse.Namespace(**options), "last_stage_first", frozen=True)
+    classifiers = [net.fc.weight.detach().clone() for net, _ in steps.apart]
+    leader = steps.leader.fc.weight.detach().clone()
+    steps.team_step()
+    steps.nets_apart(share_leader=False)
+    assert len(classifiers) == 4  # a/d7, a/d0, b/d7, b/d3
+    for (net, _), before in zip(steps.apart, classifiers, strict=True):
+        assert not torch.equal(net.fc.weight, before)
+    assert torch.equal(steps.leader.fc.weight, leader)
 
 
 @pytest.mark.slow
