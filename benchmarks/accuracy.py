@@ -1,6 +1,6 @@
 """Accuracy per depth of a team, of its ablations and of the other ways, over several seeds.
 
-A method is ``team`` or a config of the package, such as ``ablation/no_peer`` or
+A method is ``team`` or a config of the package, such as ``ablation/peer`` or
 ``baseline/early_exits``. All train on the same images with the same epochs, augmentation, optimizer
 and schedule. Team and data are made by the parser of the command line, as in `teamnet fit --config
 data/DATASET --config METHOD`. Each row has accuracy and negative log-likelihood on the validation

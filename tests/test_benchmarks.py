@@ -262,10 +262,10 @@ def test_accuracy(script, tmp_path):
 def test_accuracies_are_those_of_the_command_line(script, cli, tmp_path):
     out = tmp_path / "out.json"
     options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--leader-width", 4]
-    options += ["--seeds", 3, "--methods", "ablation/no_peer"]
+    options += ["--seeds", 3, "--methods", "ablation/peer"]
     done = script("accuracy.py", *options, "--out", out)
     assert done.returncode == 0, done.stderr
-    fit = ["--config", "data/digits", "--config", "ablation/no_peer", "--test_after_fit", "true"]
+    fit = ["--config", "data/digits", "--config", "ablation/peer", "--test_after_fit", "true"]
     fit += [f"--model.{member}.options.width=4" for member in ("leader", "a", "b")]
     fit += ["--model.leader.name", "cifar/resnet20"]
     fit += ["--seed_everything", 3, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"]

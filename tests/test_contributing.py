@@ -49,10 +49,10 @@ def test_there_is_an_example_of_each_in_25_lines(code):
 
 def test_the_dataset_and_the_kind_train_a_team(cli, my_parts):
     options = ["--data", "my_parts.Stripes", "--data.batch_size", 8]
-    options += ["--model.cooperation.peer.kind", "my_parts.Cosine", "--trainer.max_epochs", 6]
+    options += ["--model.cooperation.leader.kind", "my_parts.Cosine", "--trainer.max_epochs", 6]
     options += ["--trainer.limit_train_batches", 20, "--test_after_fit", "true"]
     cli(my_parts, "fit", *options, "--config", "data: {init_args: {train_transform: null}}")
-    kind = saved_config(my_parts)["model"]["cooperation"]["peer"]["kind"]
+    kind = saved_config(my_parts)["model"]["cooperation"]["leader"]["kind"]
     assert kind == {"class_path": "my_parts.Cosine", "init_args": {"scale": 1.0}}
     rows = json.loads((my_parts / BEST).with_name("per_depth.json").read_text())
     assert {row["accuracy"] for row in rows if row["net"] == "leader"} == {1.0}

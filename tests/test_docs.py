@@ -171,5 +171,5 @@ def test_the_team_of_modules_is_a_team(parts):
 def test_the_kind_is_the_one_on_the_page(parts):
     names, _ = parts
     assert isinstance(names["cooperation"], Cooperation)
-    loss = names["cooperation"].peer.kind(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2))
+    loss = names["cooperation"].leader.kind(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2))
     assert loss.item() == 2.0

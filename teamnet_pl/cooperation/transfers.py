@@ -188,8 +188,8 @@ class Cooperation:
     """
 
     leader: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.5))
-    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.1))
-    sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.1))
+    peer: PeerEdge = field(default_factory=lambda: PeerEdge(0.0))
+    sub_networks: SubNetworkEdge = field(default_factory=lambda: SubNetworkEdge(0.0))
     ensemble: TeacherEdge = field(default_factory=lambda: TeacherEdge(0.0))
     to_leader: Edge = field(default_factory=lambda: Edge(0.0))
     extra: list[Transfer] = field(default_factory=list)

@@ -9,6 +9,7 @@ from torch import nn
 
 from teamnet_pl import ElasticNet, Team, TeammateConfig
 from teamnet_pl.backbones import CifarResNet
+from teamnet_pl.cooperation import Cooperation, PeerEdge, SubNetworkEdge
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.errors import TeamNetError
 from tests.helpers.runs import BEST, LAST, error_of, logged_rows
@@ -109,7 +110,10 @@ def test_modules_may_not_share_weights():
 
 
 def test_a_third_teammate_learns_from_and_teaches_the_others():
-    team = make_team(extra_teammates={"c": TeammateConfig(**THIRD["c"])})
+    team = make_team(
+        extra_teammates={"c": TeammateConfig(**THIRD["c"])},
+        cooperation=Cooperation(peer=PeerEdge(0.1), sub_networks=SubNetworkEdge(0.1)),
+    )
     assert team.members()[-2:] == ["c/d7", "c/d1"]
     transfers = {str(transfer) for transfer in team.transfers}
     peers = {f"{teacher}/d7->{student}/d7" for teacher, student in permutations("abc", 2)}
@@ -136,7 +140,8 @@ def test_reserved_and_invalid_names_are_refused(name):
 def three(cli, tmp_path_factory):
     """The checkpoints of a run of three Teammates, the third of which is in a config."""
     folder = tmp_path_factory.mktemp("three")
-    (folder / "third.yaml").write_text(json.dumps({"model": {"extra_teammates": THIRD}}))
+    model = {"extra_teammates": THIRD, "cooperation": {"peer": {"weight": 0.1}}}
+    (folder / "third.yaml").write_text(json.dumps({"model": model}))
     cli(folder, "fit", "--config", "third.yaml", "--test_after_fit", "true")
     return (folder / BEST).parent
 

@@ -172,34 +172,28 @@ LEADER = {f"leader->{student}" for student in STUDENTS}
 PEER = {f"b/d7->{student}" for student in STUDENTS[:3]}
 PEER |= {f"a/d7->{student}" for student in STUDENTS[3:]}
 DEPTHS = {"a/d7->a/d4", "a/d7->a/d0", "b/d7->b/d5", "b/d7->b/d2"}
-NO_PEER, NO_SUB_NETWORKS = PeerEdge(0.0), SubNetworkEdge(0.0)
+ALL = {"peer": PeerEdge(0.1), "sub_networks": SubNetworkEdge(0.1)}
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "expected"),
+    ("members", "weights", "expected"),
     [
-        ({}, LEADER | PEER | DEPTHS),
-        ({"leader": None}, PEER | DEPTHS),
-        (
-            {"b": None},
-            {"a/d7->a/d4", "a/d7->a/d0", "leader->a/d7", "leader->a/d4", "leader->a/d0"},
-        ),
-        ({"cooperation": Cooperation(leader=TeacherEdge(0.0))}, PEER | DEPTHS),
-        ({"cooperation": Cooperation(peer=NO_PEER)}, LEADER | DEPTHS),
-        ({"cooperation": Cooperation(sub_networks=NO_SUB_NETWORKS)}, LEADER | PEER),
-        (
-            {
-                "leader": None,
-                "b": None,
-                "cooperation": Cooperation(sub_networks=NO_SUB_NETWORKS),
-            },
-            set(),
-        ),
+        ({}, {}, LEADER),
+        ({}, ALL, LEADER | PEER | DEPTHS),
+        ({"leader": None}, {}, set()),
+        ({"leader": None}, ALL, PEER | DEPTHS),
+        ({"b": None}, {}, {"leader->a/d7", "leader->a/d4", "leader->a/d0"}),
+        ({}, ALL | {"leader": TeacherEdge(0.0)}, PEER | DEPTHS),
+        ({}, ALL | {"peer": PeerEdge(0.0)}, LEADER | DEPTHS),
+        ({}, ALL | {"sub_networks": SubNetworkEdge(0.0)}, LEADER | PEER),
     ],
-    ids=["all", "no leader", "no b", "leader off", "peer off", "depths off", "joint"],
+    ids=[
+        *("default", "all", "labels alone", "no leader", "no b"),
+        *("leader off", "peer off", "depths off"),
+    ],
 )
-def test_ablations_leave_their_transfers_out(tmp_path, kwargs, expected):
-    team = make_team(**kwargs)
+def test_transfers_without_a_weight_are_left_out(tmp_path, members, weights, expected):
+    team = make_team(**members, cooperation=Cooperation(**weights))
     assert {str(transfer) for transfer in team.transfers} == expected
     trainer = make_trainer(tmp_path, limit_train_batches=1)
     trainer.fit(team, make_digits())
