@@ -79,6 +79,8 @@ def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Ite
             time.sleep(0.1)
         else:
             sys.exit(f"The server did not start: {log.read_text()}")
+        while httpx2.get(f"{match[1]}/readyz").status_code != 200:
+            time.sleep(0.1)
         yield match[1]
     finally:
         process.terminate()

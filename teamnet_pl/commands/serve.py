@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from teamnet_pl.deploy.runtime.predictor import Predictor
 from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS
 from teamnet_pl.optional import require
@@ -24,11 +26,13 @@ def serve_teammate(
     """Serves a Teammate's predictions over HTTP, each within a budget of time.
 
     ``POST /predict`` takes an image file as its body, and ``budget_ms``, ``depth`` or ``macs`` as
-    parameters. ``GET /health`` and ``GET /metrics`` (Prometheus) report the state of the server.
+    parameters. ``GET /livez``, ``GET /readyz`` and ``GET /metrics`` (Prometheus) report the state
+    of the server, ``GET /model`` describes the net.
 
     Args:
-        ckpt_path: The checkpoint.
-        teammate: Name of the Teammate, such as ``a``.
+        ckpt_path: The checkpoint, a folder that ``save_pretrained`` wrote, or the name of a
+            repository on the Hub, such as ``me/net``.
+        teammate: Name of the Teammate in a checkpoint, such as ``a``.
         device: The device to run it on, such as ``cuda``.
         profile: File that ``teamnet profile`` wrote; by default a few runs are timed at the start.
         depths: Names of the depths to choose from; by default all.
@@ -43,7 +47,7 @@ def serve_teammate(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TeamNetError: If the file is not a checkpoint of a team or has no such Teammate or depth,
+        TeamNetError: If the source does not hold a Teammate or has no such Teammate or depth,
             there is no such device, the profile is of another net, a number is not positive, or the
             server cannot listen at the address.
         ModuleNotFoundError: If the extra ``serve`` is not installed.
@@ -51,7 +55,8 @@ def serve_teammate(
     server = require("teamnet_pl.deploy.serving.server", "serve")
     # The address first: an error about it should not have to wait until the net is loaded.
     with server.listen(host, port) as listener:
-        predictor = Predictor.from_checkpoint(
+        load = partial(
+            Predictor.from_checkpoint,
             ckpt_path,
             teammate,
             device=device,
@@ -61,10 +66,10 @@ def serve_teammate(
             trust_import=trust_import,
         )
         endpoints = server.Server(
-            predictor,
+            load,
             budget_ms=budget_ms,
             max_batch_size=max_batch_size,
             max_body_bytes=max_body_bytes,
             max_pixels=max_pixels,
         )
-        server.run(endpoints.app(), listener)
+        server.run(endpoints, listener)

@@ -82,6 +82,7 @@ class Batcher:
         clock: Returns the time in seconds.
 
     Attributes:
+        predictor: Runs the net.
         clock: Returns the time in seconds.
 
     Raises:
@@ -97,7 +98,7 @@ class Batcher:
         if max_batch_size < 1:
             raise TeamNetError(f"max_batch_size must be at least 1, found {max_batch_size}.")
         self.clock = clock
-        self._predictor = predictor
+        self.predictor = predictor
         self._max_batch_size = max_batch_size
         self._waiting: list[_Request] = []  # by deadline
         self._arrival = asyncio.Event()
@@ -147,7 +148,7 @@ class Batcher:
             return  # there is no other request; and its run corrects an estimate that is too high
         deadlines = [request.deadline for request in self._waiting]
         insort(deadlines, arrived + budget_ms / 1000)
-        controller = self._predictor.controller
+        controller = self.predictor.controller
         depth = depth or controller.depths[-1]
         size = min(len(deadlines), self._max_batch_size)
         batch_ms = controller.estimate_ms(depth, size)
@@ -164,12 +165,17 @@ class Batcher:
         Of several batches one may be slow. That all of them are is so rare that it is not planned
         for. But the longer the queue, the more delays are likely.
         """
-        later = LATER_BATCH_FACTOR * self._predictor.controller.typical_share
+        later = LATER_BATCH_FACTOR * self.predictor.controller.typical_share
         pace = (
             (deadline - now) / (1 + index // self._max_batch_size * later)
             for index, deadline in enumerate(deadlines)
         )
         return 1000 * min(pace)
+
+    async def warm_up(self) -> None:
+        """Runs all depths and batch sizes, so that none is run for the first time by a request."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self.predictor.warm_up, self._max_batch_size)
 
     async def run(self) -> None:
         """Answers requests until it is cancelled."""
@@ -181,7 +187,7 @@ class Batcher:
 
     def _refuse_late(self, now: float) -> None:
         """Refuses requests that can no longer be in time, unless all of them are late."""
-        controller = self._predictor.controller
+        controller = self.predictor.controller
         late = [
             request
             for request in self._waiting
@@ -208,7 +214,7 @@ class Batcher:
         """Chooses the depth of the next batch, before its requests leave the queue."""
         deadlines = [request.deadline for request in self._waiting]
         pace_ms = 0.0 if self._has_refused else self._pace_ms(deadlines, now)
-        return self._predictor.controller.choose(pace_ms, batch_size)
+        return self.predictor.controller.choose(pace_ms, batch_size)
 
     async def _run_batch(self) -> None:
         now = self.clock()
@@ -220,10 +226,10 @@ class Batcher:
         self._has_refused = False
         self._remove(batch)
         images = torch.stack([request.image for request in batch])
-        self._done_at = now + self._predictor.controller.estimate_ms(depth, len(batch)) / 1000
+        self._done_at = now + self.predictor.controller.estimate_ms(depth, len(batch)) / 1000
         loop = asyncio.get_running_loop()
         try:
-            outputs = await loop.run_in_executor(self._thread, self._predictor.run, images, depth)
+            outputs = await loop.run_in_executor(self._thread, self.predictor.run, images, depth)
         except Exception as error:
             for request in batch:
                 request.fail(error)
