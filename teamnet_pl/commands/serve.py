@@ -18,6 +18,7 @@ def serve_teammate(
     budget_ms: float = 100,
     max_batch_size: int = 8,
     max_body_bytes: int = 2**22,
+    max_images: int = 32,
     max_pixels: int = MAX_PIXELS,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -25,9 +26,9 @@ def serve_teammate(
 ) -> None:
     """Serves a Teammate's predictions over HTTP, each within a budget of time.
 
-    ``POST /predict`` takes an image file as its body, and ``budget_ms``, ``depth`` or ``macs`` as
-    parameters. ``GET /livez``, ``GET /readyz`` and ``GET /metrics`` (Prometheus) report the state
-    of the server, ``GET /model`` describes the net.
+    ``POST /predict`` takes an image file as its body or a form of several, and ``budget_ms``,
+    ``depth`` or ``macs`` as parameters. ``GET /livez``, ``GET /readyz`` and ``GET /metrics``
+    (Prometheus) report the state of the server, ``GET /model`` describes the net.
 
     Args:
         ckpt_path: The checkpoint, a folder that ``save_pretrained`` wrote, or the name of a
@@ -38,7 +39,8 @@ def serve_teammate(
         depths: Names of the depths to choose from; by default all.
         budget_ms: Budget of requests that do not give one, in milliseconds.
         max_batch_size: Largest number of images that run at once.
-        max_body_bytes: Largest size of an image file in bytes.
+        max_body_bytes: Largest size of the body of a request, with all its images, in bytes.
+        max_images: Largest number of images in a request.
         max_pixels: Largest number of pixels of an image.
         host: Address to listen at; 0.0.0.0 for all interfaces.
         port: Port to listen at; 0 for a free one.
@@ -70,6 +72,7 @@ def serve_teammate(
             budget_ms=budget_ms,
             max_batch_size=max_batch_size,
             max_body_bytes=max_body_bytes,
+            max_images=max_images,
             max_pixels=max_pixels,
         )
         server.run(endpoints, listener)

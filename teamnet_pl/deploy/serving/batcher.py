@@ -1,4 +1,4 @@
-"""Batches the requests that wait for one net, at the depth that all of them allow."""
+"""Batches the images that wait for one net, at the depth that all of them allow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LATER_BATCH_FACTOR = 1.25
 
 
 class OverloadedError(Exception):
-    """Not even the shallowest depth can answer all waiting requests in time."""
+    """Not even the shallowest depth can answer all waiting requests in time, or none is loaded."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a request.
+    """The answer to an image of a request.
 
     Attributes:
         probabilities: Class probabilities, shape ``(classes,)``.
@@ -43,6 +43,8 @@ class Answer:
 
 @dataclass(eq=False)  # compared by identity
 class _Request:
+    """One image of a request over HTTP."""
+
     image: Tensor
     arrived: float
     deadline: float
@@ -108,16 +110,20 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of waiting requests."""
+        """Number of waiting images."""
         return len(self._waiting)
 
     async def predict(
-        self, image: Tensor, arrived: float, budget_ms: float, depth: str | None = None
-    ) -> Answer:
-        """Answers a request.
+        self,
+        images: Sequence[Tensor],
+        arrived: float,
+        budget_ms: float,
+        depth: str | None = None,
+    ) -> list[Answer]:
+        """Answers all images of a request, or none.
 
         Args:
-            image: Preprocessed image, shape ``(channels, height, width)``.
+            images: Preprocessed images, each of shape ``(channels, height, width)``.
             arrived: Time at which the request arrived, by the clock.
             budget_ms: Milliseconds from the arrival to the answer.
             depth: Name of the depth to run; by default the deepest that there is time for.
@@ -127,19 +133,28 @@ class Batcher:
                 or later.
             NonFiniteError: If the output is not finite.
         """
-        self.admit(arrived, budget_ms, depth)
-        request = _Request(image, arrived, arrived + budget_ms / 1000, depth)
-        insort(self._waiting, request, key=attrgetter("deadline"))
+        self.admit(arrived, budget_ms, depth, len(images))
+        deadline = arrived + budget_ms / 1000
+        requests = [_Request(image, arrived, deadline, depth) for image in images]
+        for request in requests:
+            insort(self._waiting, request, key=attrgetter("deadline"))
         self._arrival.set()
-        return await request.answer
+        try:
+            return await asyncio.gather(*(request.answer for request in requests))
+        except BaseException:
+            self._remove(requests)  # nobody waits for the other images of the request
+            raise
 
-    def admit(self, arrived: float, budget_ms: float, depth: str | None = None) -> None:
+    def admit(
+        self, arrived: float, budget_ms: float, depth: str | None = None, count: int = 1
+    ) -> None:
         """Refuses a request that `predict` would refuse now, for example before it is decoded.
 
         Args:
             arrived: Time at which the request arrived, by the clock.
             budget_ms: Milliseconds from the arrival to the answer.
             depth: Name of the depth to run; by default the deepest that there is time for.
+            count: Number of images.
 
         Raises:
             OverloadedError: If other requests leave too little time for the shallowest depth.
@@ -147,15 +162,16 @@ class Batcher:
         if not self._waiting and self._done_at is None:
             return  # there is no other request; and its run corrects an estimate that is too high
         deadlines = [request.deadline for request in self._waiting]
-        insort(deadlines, arrived + budget_ms / 1000)
+        deadlines = sorted(deadlines + count * [arrived + budget_ms / 1000])
         controller = self.predictor.controller
         depth = depth or controller.depths[-1]
         size = min(len(deadlines), self._max_batch_size)
         batch_ms = controller.estimate_ms(depth, size)
         if self._pace_ms(deadlines, max(self.clock(), self._done_at or 0)) < batch_ms:
-            self._has_refused |= budget_ms >= controller.estimate_ms(depth)
+            alone_ms = controller.estimate_ms(depth, min(count, self._max_batch_size))
+            self._has_refused |= budget_ms >= alone_ms
             raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting: even at depth {depth}, {batch_ms:.1f} "
+                f"{len(self._waiting)} images are waiting: even at depth {depth}, {batch_ms:.1f} "
                 f"ms for {size}, this request or another would be late."
             )
 

@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import h11
 import uvicorn
@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from teamnet_pl.deploy.runtime.predictor import Predictor, check_budget
 from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS, Preprocessing
 from teamnet_pl.deploy.serving.batcher import Answer, Batcher, OverloadedError
+from teamnet_pl.deploy.serving.uploads import Upload, read_uploads
 from teamnet_pl.errors import TeamNetError
 
 Number = TypeVar("Number", int, float)
@@ -82,7 +83,7 @@ class Metrics:
         """Adds the metrics of the net, once it is loaded."""
         predictor = batcher.predictor
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "waiting": ("Waiting requests.", lambda: batcher.waiting),
+            "waiting": ("Waiting images.", lambda: batcher.waiting),
             "slowdown": (
                 "How many times as slow as profiled the machine is.",
                 lambda: predictor.controller.slowdown,
@@ -112,10 +113,12 @@ class Server:
         load: Loads the net.
         budget_ms: Budget of requests that do not give one, in milliseconds.
         max_batch_size: Largest number of images that run at once.
-        max_body_bytes: Largest size of an image file in bytes.
+        max_body_bytes: Largest size of the body of a request, with all its images, in bytes.
+        max_images: Largest number of images in a request.
         max_pixels: Largest number of pixels of an image.
 
     Attributes:
+        load: Loads the net.
         batcher: Runs the net; None until it is ready.
         failure: The error that ended the loading or the batches.
         on_failure: Is called after such an error.
@@ -131,12 +134,14 @@ class Server:
         budget_ms: float = 100,
         max_batch_size: int = 8,
         max_body_bytes: int = 2**22,
+        max_images: int = 32,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_budget(budget_ms)
         limits = {
             "max_batch_size": max_batch_size,
             "max_body_bytes": max_body_bytes,
+            "max_images": max_images,
             "max_pixels": max_pixels,
         }
         for name, value in limits.items():
@@ -145,12 +150,13 @@ class Server:
         self.budget_ms = budget_ms
         self.max_batch_size = max_batch_size
         self.max_body_bytes = max_body_bytes
+        self.max_images = max_images
         self.max_pixels = max_pixels
         self.metrics = Metrics()
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._load = load
+        self.load = load
         self._num_requests = 0
         # Decoding more images at once than there are cores takes memory and saves no time.
         self._decoding_slots = asyncio.Semaphore(os.cpu_count() or 1)
@@ -178,7 +184,7 @@ class Server:
     async def _work(self) -> None:
         """Loads the net, and then answers requests until it is cancelled."""
         try:
-            batcher = Batcher(await asyncio.to_thread(self._load), self.max_batch_size)
+            batcher = Batcher(await asyncio.to_thread(self.load), self.max_batch_size)
             await batcher.warm_up()
             await asyncio.to_thread(self._read_example, batcher.predictor.preprocessing)
             self.metrics.watch(batcher)
@@ -202,7 +208,7 @@ class Server:
         return self.batcher
 
     async def predict(self, request: Request) -> Response:
-        """Predicts the class of the image in the body."""
+        """Predicts the class of each image in the body: a file, or a form of several."""
         self._num_requests += 1
         try:
             if self._num_requests > MAX_REQUESTS:
@@ -229,26 +235,26 @@ class Server:
             budget_ms, depth = self._budget(request.query_params, predictor)
             body = await self._body(request)
             arrived = batcher.clock()
-            batcher.admit(arrived, budget_ms, depth)  # spares decoding an image in vain
+            content_type = request.headers.get("Content-Type", "")
+            uploads = read_uploads(content_type, body, self.max_images)
+            # Spares decoding images in vain.
+            batcher.admit(arrived, budget_ms, depth, len(uploads))
             async with self._decoding_slots:
-                image = await asyncio.to_thread(self._image, body, predictor.preprocessing)
+                images = await asyncio.to_thread(
+                    lambda: [self._image(upload, predictor.preprocessing) for upload in uploads]
+                )
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        answer = await batcher.predict(image, arrived, budget_ms, depth)
+        answers = await batcher.predict(images, arrived, budget_ms, depth)
         seconds = batcher.clock() - arrived
-        self.metrics.count_answer(answer, seconds)
-        label = int(answer.probabilities.argmax())
-        return JSONResponse(
-            {
-                "label": label,
-                "class": predictor.class_name(label),
-                "probabilities": answer.probabilities.tolist(),
-                "depth": answer.depth,
-                "batch_size": answer.batch_size,
-                "waited_ms": answer.waited_ms,
-                "latency_ms": 1000 * seconds,
-            }
-        )
+        predictions = []
+        for upload, answer in zip(uploads, answers, strict=True):
+            self.metrics.count_answer(answer, seconds)
+            file = {} if upload.name is None else {"file": upload.name}
+            predictions.append(file | _prediction(answer, predictor))
+        is_form = uploads[0].name is not None
+        content = {"predictions": predictions} if is_form else predictions[0]
+        return JSONResponse({**content, "latency_ms": 1000 * seconds})
 
     def _budget(self, query: QueryParams, predictor: Predictor) -> tuple[float, str | None]:
         """The budget of time, and the depth if the request leaves no choice."""
@@ -291,8 +297,13 @@ class Server:
                 body += chunk
         return bytes(body), size
 
-    def _image(self, body: bytes, preprocessing: Preprocessing) -> Tensor:
-        return preprocessing(body, self.max_pixels)[0]
+    def _image(self, upload: Upload, preprocessing: Preprocessing) -> Tensor:
+        try:
+            return preprocessing(upload.content, self.max_pixels)[0]
+        except TeamNetError as error:
+            if upload.name is None:
+                raise
+            raise TeamNetError(f"{upload.name}: {error}") from error
 
     async def live(self, request: Request) -> Response:
         """Reports that the process answers."""
@@ -322,6 +333,18 @@ class Server:
     async def show_metrics(self, request: Request) -> Response:
         """Reports the metrics in the format of Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _prediction(answer: Answer, predictor: Predictor) -> dict[str, Any]:
+    label = int(answer.probabilities.argmax())
+    return {
+        "label": label,
+        "class": predictor.class_name(label),
+        "probabilities": answer.probabilities.tolist(),
+        "depth": answer.depth,
+        "batch_size": answer.batch_size,
+        "waited_ms": answer.waited_ms,
+    }
 
 
 def _number(query: QueryParams, name: str, kind: type[Number]) -> Number | None:

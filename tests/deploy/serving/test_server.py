@@ -5,8 +5,11 @@ import contextlib
 import io
 import json
 import re
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +160,87 @@ def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monk
         answers = pool.map(lambda _: client.post("/predict", content=png()), range(8))
         assert {answer.status_code for answer in answers} == {200}
     assert most == [1] * 8
+
+
+# Forms
+
+
+def as_form(*contents):
+    return [("image", (f"{number}.png", content)) for number, content in enumerate(contents)]
+
+
+def test_a_form_of_several_images(client, team):
+    contents = [png(seed) for seed in range(11)]  # more than one batch
+    answer = client.post("/predict?depth=d4", files=as_form(*contents)).json()
+    assert answer["latency_ms"] > 0
+    assert len(answer["predictions"]) == 11
+    for number, (content, prediction) in enumerate(
+        zip(contents, answer["predictions"], strict=True)
+    ):
+        alone = client.post("/predict?depth=d4", content=content).json()
+        expected = probabilities(team, "d4", content)
+        assert prediction["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert prediction["file"] == f"{number}.png"
+        for name in ("label", "class", "depth"):
+            assert prediction[name] == alone[name]
+    metrics = samples(client)
+    assert metrics['teamnet_requests_total{status="200"}'] == 12
+    assert metrics["teamnet_batch_size_count"] == 22
+    assert metrics['teamnet_batch_size_bucket{le="1.0"}'] == 11
+
+
+def form(*lines):
+    body = "\r\n".join(["--b", *lines, "--b--", ""])
+    return body.encode(), {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+FILE = 'Content-Disposition: form-data; name="image"; filename="a.png"'
+FIELD = 'Content-Disposition: form-data; name="budget_ms"'
+
+
+@pytest.mark.fault(
+    "a form that is malformed, has a field instead of a file, or a file that is not an image",
+    "The server answers 400 and names the file or the field.",
+)
+@pytest.mark.parametrize(
+    ("body", "headers", "message"),
+    [
+        (*form(FILE, "", "no image"), "a.png: The image: not an image in one of"),
+        (*form(FIELD, "", "20"), "the field 'budget_ms', which is not a file"),
+        (*form("", "20"), "The form is malformed"),
+        (b"--b--\r\n", form()[1], "The form"),
+        (form(FILE, "", "x")[0][:-9], form()[1], "malformed: it has no end"),
+        (b"", {"Content-Type": "multipart/form-data"}, "malformed: No boundary"),
+        (b"\x00" * 99, form()[1], "The form is malformed"),
+    ],
+)
+def test_forms_that_are_wrong(client, body, headers, message):
+    response = client.post("/predict", content=body, headers=headers)
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+    assert client.post("/predict", files=as_form(png())).status_code == 200
+
+
+@pytest.mark.fault(
+    "a form with too many files, or too large",
+    "The server answers 400 or 413 before it decodes an image.",
+)
+def test_limits_of_forms(predictor):
+    with serving_client(predictor, max_images=2, max_body_bytes=1000) as client:
+        assert client.post("/predict", files=as_form(png(), png())).status_code == 200
+        response = client.post("/predict", files=as_form(b"no", b"image", b"here"))
+        assert response.status_code == 400
+        assert response.json() == {"error": "The form has more than 2 files."}
+        assert client.post("/predict", files=as_form(bytes(900), b"")).status_code == 413
+
+
+def test_a_large_file_of_a_form_is_not_written_to_the_disk(predictor, monkeypatch):
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", None)
+    content = png(size=1024) + bytes(2**21)
+    with serving_client(predictor, budget_ms=60_000) as client:
+        response = client.post("/predict", files=as_form(content))
+    assert response.status_code == 400
+    assert "shape (1, 1024, 1024)" in response.json()["error"]
 
 
 def test_other_paths_and_methods(client):
@@ -372,6 +456,7 @@ def test_a_body_that_ends_too_early(predictor):
         ({"budget_ms": 0}, "budget_ms must be a positive"),
         ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
         ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
+        ({"max_images": 0}, "max_images must be at least 1"),
         ({"max_pixels": -1}, "max_pixels must be at least 1"),
     ],
 )
@@ -538,6 +623,27 @@ def test_a_process_survives_hostile_requests(process, team):
         assert content["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert server.poll() is None
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_commands_of_the_page_are_answered(process, pytestconfig, team, tmp_path):
+    port = process[0]
+    images = {"digit.png": png(), "another.png": png(1)}
+    for name, content in images.items():
+        (tmp_path / name).write_bytes(content)
+    page = (pytestconfig.rootpath / "docs/deploy.md").read_text()
+    commands = re.findall(r"^curl .*127\.0\.0\.1:8000.*$", page, re.MULTILINE)
+    answers = []
+    for command in commands:
+        words = ["-sS", *shlex.split(command.replace(":8000", f":{port}"))[1:]]
+        answers.append(json.loads(subprocess.check_output(["curl", *words], cwd=tmp_path)))
+    one, form = answers
+    predictions = [one, *form["predictions"]]
+    for prediction, content in zip(predictions, [png(), png(), png(1)], strict=True):
+        expected = probabilities(team, prediction["depth"], content)
+        assert prediction["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert [prediction["file"] for prediction in predictions[1:]] == list(images)
 
 
 @pytest.mark.fault(
