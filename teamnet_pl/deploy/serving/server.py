@@ -2,7 +2,8 @@
 
 Built on Starlette rather than on a model server such as LitServe: those hand batches to their
 workers that are already formed, while here the depth depends on the other waiting requests and
-their deadlines.
+their deadlines. FastAPI would add a second kind of errors and time to start, and could not derive
+from signatures that a body is a file or a form.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from teamnet_pl.deploy.runtime.predictor import Predictor, check_budget
 from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS, Preprocessing
+from teamnet_pl.deploy.serving import openapi
 from teamnet_pl.deploy.serving.batcher import Answer, Batcher, OverloadedError
 from teamnet_pl.deploy.serving.uploads import Upload, read_uploads
 from teamnet_pl.errors import TeamNetError
@@ -170,6 +172,8 @@ class Server:
                 Route("/livez", self.live),
                 Route("/readyz", self.ready),
                 Route("/metrics", self.show_metrics),
+                Route("/openapi.json", lambda _: JSONResponse(openapi.description())),
+                Route("/docs", lambda _: HTMLResponse(openapi.page())),
             ],
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
             lifespan=self._lifespan,

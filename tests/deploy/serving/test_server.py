@@ -31,7 +31,13 @@ from teamnet_pl.deploy.serving import server as module
 from teamnet_pl.deploy.serving.batcher import Batcher, OverloadedError
 from teamnet_pl.deploy.serving.server import Server
 from tests.helpers.images import encoded, hostile_files
-from tests.helpers.serving import client_of, server_process, serving_client
+from tests.helpers.serving import (
+    answer_to,
+    client_of,
+    ready_app,
+    server_process,
+    serving_client,
+)
 
 
 def png(seed=0, size=8):
@@ -400,54 +406,21 @@ def test_overload(client, monkeypatch):
     assert samples(client)['teamnet_requests_total{status="503"}'] == 1
 
 
-def ready_app(predictor):
-    server = Server(lambda: predictor)
-    server.batcher = Batcher(predictor)
-    return server.app()
-
-
-def answer_to(app, receive):
-    """The status and the error in answer to a POST whose body `receive` delivers."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/predict",
-        "query_string": b"",
-        "headers": [],
-    }
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(app(scope, receive, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
-
-
 @pytest.mark.fault(
     "a request body that does not arrive", "The server answers 408 after ten seconds."
 )
 def test_a_body_that_does_not_arrive(predictor, monkeypatch):
     monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
 
-    async def receive():
-        await asyncio.sleep(60)
-
-    status, error = answer_to(ready_app(predictor), receive)
-    assert (status, error) == (408, "The body did not arrive within 0.05 s.")
+    answer = answer_to(ready_app(predictor), body=None)
+    assert answer.status_code == 408
+    assert answer.json() == {"error": "The body did not arrive within 0.05 s."}
 
 
 @pytest.mark.fault("a request body that ends too early", "The server answers 400.")
 def test_a_body_that_ends_too_early(predictor):
-    messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
-
-    async def receive():
-        return next(messages, {"type": "http.disconnect"})
-
-    status, error = answer_to(ready_app(predictor), receive)
-    assert (status, error) == (400, "The body ended too early.")
+    answer = answer_to(ready_app(predictor), body=b"P")
+    assert (answer.status_code, answer.json()) == (400, {"error": "The body ended too early."})
 
 
 @pytest.mark.parametrize(
