@@ -52,6 +52,7 @@ from teamnet_pl.cli.training import TeamArgumentParser, TeamCLI
 from teamnet_pl.config_files import config_names, config_path
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
+from teamnet_pl.pictures import add_legend, label_macs, series_style
 
 CONFIGS = config_names()
 DATASETS = [name.removeprefix("data/") for name in CONFIGS if name.startswith("data/")]
@@ -305,32 +306,31 @@ def figure(result: Result, path: Path, nets: Sequence[str] = ("a",)) -> None:
         path: File of the picture.
         nets: The nets to draw of each method.
     """
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     points: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in chosen_rows(result):
         if row["net"] in nets:
             points[row["method"]][row["macs"]].append(100 * row["test"])
-    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    markers = "osD^v<>pPX*hd"
+    picture = Figure(figsize=(8, 6), layout="constrained")
+    axes = picture.add_subplot()
     for index, (method, by_macs) in enumerate(points.items()):
         macs = sorted(by_macs)
         values = [by_macs[each] for each in macs]
         axes.errorbar(
-            [each / 1e6 for each in macs],
+            macs,
             [statistics.mean(each) for each in values],
             [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
-            marker=markers[index % len(markers)],
             linewidth=2.5 if method == "team" else 1.2,
             capsize=3,
             label=method.removeprefix("baseline/").replace("_", " "),
+            **series_style(index),
         )
-    axes.set_xlabel("MACs for one image, millions")
+    label_macs(axes)
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    add_legend(picture, axes)
+    picture.savefig(path, dpi=150)
 
 
 def main() -> None:

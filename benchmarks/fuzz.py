@@ -38,13 +38,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from harness import TINY, Result, ResultFile, Row, argument_parser, markdown, with_source
 
 from teamnet_pl import Team
 from teamnet_pl.cli import main as teamnet
 from teamnet_pl.deploy import Predictor, Teammate
 from teamnet_pl.deploy.runtime.profile import Profile
+from teamnet_pl.deploy.serving import server as serving
 
 CANARY = "import pathlib\nSPRUNG = True\ndef spring(*_, **__): pathlib.Path('PWNED').touch()\n"
 TOUCH = {"cmd": "touch PWNED"}
@@ -312,7 +312,7 @@ class Fuzzer:
         self.best = self.good / "best.ckpt"
         self.quietly(lambda: teamnet(["profile", "--ckpt_path", str(self.best), "--runs", "1"]))
         Teammate.from_checkpoint(self.best).save_pretrained(self.good / "hub")
-        uvicorn.run = uvicorn.Server.run = lambda *_, **__: None
+        serving.run = lambda server, _: server.load()  # type: ignore[assignment]
         self.canary = Canary(folder)
 
     @staticmethod

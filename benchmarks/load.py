@@ -42,6 +42,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from teamnet_pl.deploy import Teammate
+from teamnet_pl.pictures import add_legend, series_style
 
 METHODS = {"budget": "all depths", "fixed": "the deepest depth"}
 
@@ -79,6 +80,8 @@ def server(args: argparse.Namespace, checkpoint: Path, depths: list[str]) -> Ite
             time.sleep(0.1)
         else:
             sys.exit(f"The server did not start: {log.read_text()}")
+        while httpx2.get(f"{match[1]}/readyz").status_code != 200:
+            time.sleep(0.1)
         yield match[1]
     finally:
         process.terminate()
@@ -238,25 +241,28 @@ def table(result: Result) -> str:
 
 
 def draw(result: Result) -> Figure:
-    """Draws the answers in time per second, and their latency, by the rate of requests."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    answers, latency = figure.subplots(1, 2)
-    for method, color in (("fixed", "tab:red"), ("budget", "tab:blue")):
+    """Draws answers in time, refused requests and latency, by the rate of requests."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    answers, refused, latency = figure.subplots(1, 3)
+    for index, (method, label) in enumerate(METHODS.items()):
         rows = [row for row in result["rows"] if row["method"] == method]
         rates = [row["sent_per_second"] for row in rows]
-        label = METHODS[method]
-        answers.plot(rates, [r["in_time_per_second"] for r in rows], "o-", color=color, label=label)
-        latency.plot(rates, [r["p99_ms"] for r in rows], "o-", color=color, label=label)
-    answers.axline((0, 0), slope=1, color="0.7", lw=1, ls=":", label="all requests")
-    answers.set_ylabel("answers in time per second")
+        style = {"label": label, **series_style(index)}
+        answers.plot(rates, [row["in_time_per_second"] for row in rows], **style)
+        refused.plot(rates, [100 * row["refused"] for row in rows], **style)
+        latency.plot(rates, [row["p99_ms"] for row in rows], **style)
+    answers.axline((0, 0), slope=1, color="0.5", lw=1, ls=":", label="all requests")
+    answers.set_ylabel("answers in time, 1/s")
+    refused.set_ylabel("refused requests, %")
     latency.axhline(result["settings"]["budget_ms"], color="black", lw=1, ls="--")
     latency.set_ylabel("99th percentile of answers' latency, ms")
-    for axes in (answers, latency):
-        axes.set_xlabel("requests per second")
+    answers.plot([], [], color="black", lw=1, ls="--", label="budget")
+    for axes in (answers, refused, latency):
+        axes.set_xlabel("requests, 1/s")
         axes.set_xlim(0)
         axes.set_ylim(0)
         axes.grid(alpha=0.3)
-    answers.legend()
+    add_legend(figure, answers)
     return figure
 
 

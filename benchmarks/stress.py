@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from teamnet_pl.backbones import BackboneConfig, create_backbone
 from teamnet_pl.deploy import Predictor, Preprocessing
 from teamnet_pl.elastic import ElasticNet
+from teamnet_pl.pictures import COLORS, add_legend
 
 PHASES = ("before", "load", "after")
 METHODS = {"budget": "a budget", "fixed": "the deepest depth"}
@@ -171,31 +172,28 @@ def draw(result: Result) -> Figure:
     load, depth, latency = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 3])
     names = list(result["rows"][0]["depths"])[::-1]
     budget = result["settings"]["budget_ms"]
-    for method, color in (("fixed", "tab:red"), ("budget", "tab:blue")):
+    labels = {"budget": f"with a budget of {budget:.0f} ms", "fixed": "at the deepest depth"}
+    for index, (method, label) in enumerate(labels.items()):
         rows = [row for row in result["rows"] if row["method"] == method]
         traces = [row["trace"] for row in rows]
         at = [t for trace in traces for t in trace["at"]]
-        label = (
-            f"with a budget of {budget:.0f} ms" if method == "budget" else "at the deepest depth"
-        )
-        depth.step(
-            at, [names.index(d) for t in traces for d in t["depth"]], where="post", color=color
-        )
+        style = {"color": COLORS[index], "zorder": 3 - index}
+        steps = [names.index(d) for t in traces for d in t["depth"]]
+        depth.step(at, steps, where="post", ls=("-", "--")[index], **style)
         points = [ms for t in traces for ms in t["latency_ms"]]
-        latency.plot(at, points, ".", ms=2.5, color=color, label=label, alpha=0.6)
-        if method == "budget":
-            for row in rows:
-                ends = [row["trace"]["at"][0], row["trace"]["at"][-1]]
-                load.fill_between(ends, 100 * row["competitor_share"], color="0.7")
-    latency.axhline(budget, color="black", lw=1, ls="--")
+        latency.plot(at, points, ("o", "x")[index], ms=2.5, mew=0.7, label=label, **style)
+    latency.axhline(budget, color="black", lw=1, ls="--", label="budget")
+    for row in (row for row in result["rows"] if row["method"] == "budget"):
+        ends = [row["trace"]["at"][0], row["trace"]["at"][-1]]
+        load.fill_between(ends, 100 * row["competitor_share"], color="0.7")
     load.set_ylabel("core taken, %")
     load.set_ylim(0, 100)
     depth.set_ylabel("depth")
     depth.set_yticks(range(len(names)), names)
     latency.set_ylabel("latency, ms")
-    latency.set_xlabel("seconds")
+    latency.set_xlabel("time, s")
     latency.set_ylim(0)
-    latency.legend(loc="upper left", markerscale=4)
+    add_legend(figure, latency)
     for axes in (load, depth, latency):
         axes.grid(alpha=0.3)
     return figure

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers.deploy import FakeHub
 from tests.helpers.runs import BEST, OWN_NETS, TINY, CommandLine
 
 # A slow example on a busy machine is not a failure.
@@ -40,6 +42,18 @@ def checkpoint(cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("fitted")
     cli(folder, "fit", "--test_after_fit", "true")
     return folder / BEST
+
+
+@pytest.fixture
+def fake_hub() -> Iterator[FakeHub]:
+    """A stand-in for the Hugging Face Hub that runs during the test."""
+    server = FakeHub()
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

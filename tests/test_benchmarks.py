@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-SHARED = {"harness", "make_tables", "package_files"}
+SHARED = {"harness", "make_pictures", "make_tables", "package_files"}
 
 
 @pytest.fixture
@@ -412,3 +412,41 @@ def test_fuzzing(script, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert {row["outcome"] for row in rows} == {"refused", "taken"}
     assert sum(row["cases"] for row in rows) >= 10
+
+
+def test_the_pictures_of_the_docs_are_drawn_from_their_results(script, pytestconfig, tmp_path):
+    done = script("make_pictures.py", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"digits.png", "load.png", "profile.png", "stress.png"}
+    assert all((pytestconfig.rootpath / "docs" / name).is_file() for name in drawn)
+
+
+def test_the_picture_of_the_load_has_the_refused_requests(benchmark, pytestconfig):
+    result = json.loads((pytestconfig.rootpath / "benchmarks/results/load.json").read_text())
+    figure = benchmark("load").draw(result)
+    (axes,) = (axes for axes in figure.axes if axes.get_ylabel() == "refused requests, %")
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    for method in ("budget", "fixed"):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        assert [[row["sent_per_second"], 100 * row["refused"]] for row in rows] in drawn
+    assert all("1/s" in axes.get_xlabel() for axes in figure.axes)
+
+
+def test_the_picture_of_accuracies_has_error_bars_over_seeds(benchmark, tmp_path, monkeypatch):
+    rows = []
+    for seed, test in enumerate((0.4, 0.6)):  # in validation twice as much
+        rows += [result_row("team", seed, 0.1, 2 * test, "d7") | {"macs": 2_000_000}]
+        rows += [result_row("team", seed, 0.1, 2 * test, "d0") | {"macs": 1_000_000}]
+    drawn = []
+
+    def keep(figure, *_, **__):
+        drawn.append(figure)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    benchmark("accuracy").figure({"rows": rows}, tmp_path / "picture.png")
+    (axes,) = drawn[0].axes
+    (bars,) = axes.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    deviation = 200**0.5  # of 40 and 60 %
+    assert ends == [pytest.approx([50 - deviation, 50 + deviation])] * 2

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "teamnet_pl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-EXTRA_OF_MODULE = {"deploy/serving/server.py": "serve"}
+EXTRA_OF_MODULE = {"deploy/serving/server.py": "serve", "deploy/serving/uploads.py": "serve"}
 """Modules that import the libraries of an extra where they begin."""
 IMPORTED_ELSEWHERE = {
     "onnx": "onnxruntime.quantization.quantize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from teamnet_pl.deploy.checkpoint import SavedTeam
@@ -26,12 +27,14 @@ def export_teammate(
     """Exports a Teammate to files for other programs, with a manifest of its depths.
 
     Args:
-        ckpt_path: The checkpoint.
+        ckpt_path: The checkpoint, a folder that ``save_pretrained`` wrote, or the name of a
+            repository on the Hub, such as ``me/net``.
         out: Folder for the files and ``manifest.json``.
         formats: Kinds of files, such as ``[onnx_all_depths,safetensors]``. {formats}
-        teammate: Name of the Teammate, such as ``a``.
+        teammate: Name of the Teammate in a checkpoint, such as ``a``.
         depths: Depths to export, by their number of blocks; by default all.
-        calibration_images: Least number of validation images that calibrate onnx_int8.
+        calibration_images: Least number of validation images that calibrate onnx_int8. Only a
+            checkpoint knows its data.
         trust_import: Whether the checkpoint may name a backbone or data module by import path, or
             an address, which runs code. Allow this only for a file that you trust as you trust
             code.
@@ -42,9 +45,10 @@ def export_teammate(
             exported.
         ModuleNotFoundError: If a library that a format needs is not installed.
     """
-    saved = SavedTeam.read(ckpt_path, trust_import)
-    net = Teammate.from_saved(saved, teammate)
-    data = saved.data_module() if needs_data(formats) else None
+    net = Teammate.load(ckpt_path, teammate, trust_import=trust_import)
+    data = None
+    if needs_data(formats) and Path(ckpt_path).is_file():
+        data = SavedTeam.read(ckpt_path, trust_import).data_module()
     manifest = export_files(net, out, formats, depths, data, calibration_images)
     _print_files(manifest, title=f"Teammate {teammate}, in {out}")
 

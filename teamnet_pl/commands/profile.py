@@ -19,14 +19,16 @@ def profile_teammate(
 ) -> None:
     """Measures the latency and memory of each depth of a Teammate on this machine.
 
-    Prints a table, and saves ``profile_<teammate>_<device>.json`` beside the checkpoint. If
+    Prints a table, and saves ``profile_<teammate>_<device>.json`` beside the checkpoint, in the
+    folder, or, for a net of the Hub, in the current folder. If
     ``per_depth.json`` beside it has the accuracies of the same weights, it also draws accuracy
     against latency. On the CPU the environment variable ``OMP_NUM_THREADS`` sets the number of
     threads, as for all of torch.
 
     Args:
-        ckpt_path: The checkpoint.
-        teammate: Name of the Teammate, such as ``a``.
+        ckpt_path: The checkpoint, a folder that ``save_pretrained`` wrote, or the name of a
+            repository on the Hub, such as ``me/net``.
+        teammate: Name of the Teammate in a checkpoint, such as ``a``.
         device: The device to run it on, such as ``cuda``.
         batch_sizes: Numbers of images that run at once.
         runs: Number of timed runs of each depth and batch size.
@@ -35,19 +37,21 @@ def profile_teammate(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TeamNetError: If the file is not a checkpoint of a team or has no such Teammate, there is no
+        TeamNetError: If the source does not hold a Teammate or has no such Teammate, there is no
             such device, or a number is not positive.
     """
     from rich.console import Console
 
-    net = Teammate.from_checkpoint(ckpt_path, teammate, device=device, trust_import=trust_import)
+    net = Teammate.load(ckpt_path, teammate, device=device, trust_import=trust_import)
     views = {depth.name: net.view(depth) for depth in net.depths}
     profile = profile_depths(net, views, batch_sizes, runs)
     if net.accuracy:
         profile = profile.with_accuracies(net.accuracy, net.split)
     console = Console()
     console.print(profile_table(profile))  # first, since the folder may be read-only
-    path = Path(ckpt_path).parent / f"profile_{teammate}_{profile.device}.json"
+    source = Path(ckpt_path)
+    folder = source if source.is_dir() else source.parent if source.exists() else Path()
+    path = folder / f"profile_{teammate}_{profile.device}.json"
     profile.save(path)
     if net.accuracy:
         draw_profile(profile).savefig(path.with_suffix(".png"), dpi=150)

@@ -16,6 +16,7 @@ from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.elastic import AdaptiveNet, Cost, cost, depth_costs
 from teamnet_pl.elastic.depths import format_stages
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.pictures import Label, add_legend, label_macs, label_points, series_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,24 +189,25 @@ class Report:
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
+        labels = []
         for index, name in enumerate(dict.fromkeys(row.net for row in self.rows)):
             rows = self.of_net(name)
             macs, accuracies = [row.macs for row in rows], [100 * row.accuracy for row in rows]
+            style = series_style(index)
             if rows[0].depth is None:
-                axes.plot(macs, accuracies, "*", label=name.capitalize(), markersize=11)
+                axes.plot(macs, accuracies, label=name.capitalize(), ls="", ms=9, **style)
                 continue
-            axes.plot(macs, accuracies, "o-", label=f"Teammate {name.upper()}", markersize=6)
-            offset = (3, 5) if index % 2 else (3, -11)  # so that labels of two nets stay apart
-            for row, accuracy in zip(rows, accuracies, strict=True):
-                if math.isfinite(accuracy):
-                    point = (row.macs, accuracy)
-                    axes.annotate(
-                        str(row.depth), point, offset, textcoords="offset points", fontsize=8
-                    )
-        axes.set_xlabel("multiply-accumulates per image")
+            axes.plot(macs, accuracies, label=f"Teammate {name.upper()}", **style)
+            labels += [
+                Label(row.macs, accuracy, str(row.depth), style["color"])
+                for row, accuracy in zip(rows, accuracies, strict=True)
+                if math.isfinite(accuracy)
+            ]
+        label_macs(axes)
         axes.set_ylabel(f"top-1 accuracy on the {self.rows[0].split} split, %")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")  # the best place takes long to find
+        add_legend(figure, axes)
+        label_points(axes, labels)
         return figure
 
 

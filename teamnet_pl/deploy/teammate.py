@@ -1,5 +1,6 @@
 """A Teammate on its own, with its preprocessing and classes; saved as files or on the Hub."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.depths import format_stages
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust, errors_naming
+
+_REPOSITORY = re.compile(r"[\w.-]+/(?!.*\.(ckpt|pt|pth|safetensors)$)[\w.-]+")
+"""Names of repositories on the Hub, as opposed to those of files."""
 
 CARD = """\
 ---
@@ -140,6 +144,49 @@ class Teammate(
         self.classes = classes
         self.accuracy = accuracy or {}
         self.split = split
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        name: str = "a",
+        *,
+        device: str | torch.device = "cpu",
+        trust_import: bool = False,
+    ) -> "Teammate":
+        """Loads a Teammate from a checkpoint, a folder or the Hub.
+
+        Args:
+            source: The checkpoint of a training run, a folder that ``save_pretrained`` wrote, or
+                the name of a repository on the Hub, such as ``me/net``.
+            name: Name of the Teammate in a checkpoint, such as ``a``. A folder or repository holds
+                one, without a name.
+            device: The device to put it on.
+            trust_import: Whether the file may name a backbone by import path, which runs code.
+                Allow this only for a file that you trust as you trust code.
+
+        Returns:
+            The Teammate, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            TeamNetError: As in `from_checkpoint` and `from_pretrained`.
+        """
+        path = Path(source)
+        is_repository = not path.exists() and _REPOSITORY.fullmatch(str(source))
+        if not (path.is_dir() or is_repository):
+            return cls.from_checkpoint(source, name, device=device, trust_import=trust_import)
+        if name != "a":
+            raise TeamNetError(f"{source} holds one Teammate, which has no name; found {name}.")
+        try:
+            teammate = cls.from_pretrained(source, trust_import=trust_import)
+        except TeamNetError as error:
+            if not is_repository:
+                raise
+            raise TeamNetError(
+                f"There is no file or folder {source}, and as a repository on the Hub: {error}"
+            ) from error
+        return _moved(teammate, device)
 
     @classmethod
     def from_checkpoint(

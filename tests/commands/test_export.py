@@ -2,6 +2,8 @@ import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from teamnet_pl.cli import main
 from teamnet_pl.deploy import Teammate
@@ -27,6 +29,18 @@ def test_from_a_checkpoint_to_files(checkpoint, tmp_path, capsys):
         assert f"{(tmp_path / name).stat().st_size:,}" in line
     accuracy = manifest["depths"][0]["files"]["onnx_int8"]["test_accuracy"]
     assert any("d5.int8" in line and f"{accuracy:.2%}, from" in line for line in lines)
+
+
+def test_from_a_folder(checkpoint, tmp_path, capsys):
+    teammate = Teammate.from_checkpoint(checkpoint, "b")
+    teammate.save_pretrained(tmp_path / "net")
+    words = ["export", "--ckpt_path", tmp_path / "net", "--out", tmp_path / "out", "--formats"]
+    main(list(map(str, [*words, "[safetensors]"])))
+    small = teammate.extract("d2").state_dict()
+    saved = load_file(tmp_path / "out/d2.safetensors")
+    assert all(torch.equal(weight, small[name]) for name, weight in saved.items())
+    message = error_of(capsys, main, list(map(str, [*words, "[onnx_int8]"])))
+    assert "Quantization needs data" in message
 
 
 @pytest.mark.parametrize(

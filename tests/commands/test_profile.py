@@ -3,7 +3,7 @@ import json
 import pytest
 
 from teamnet_pl.cli import main
-from teamnet_pl.deploy import Profile
+from teamnet_pl.deploy import Profile, Teammate
 from tests.helpers.runs import error_of
 
 
@@ -21,6 +21,13 @@ def test_profile_of_each_depth_and_batch_size(checkpoint, capsys):
     assert {row.depth: row.accuracy for row in profile.rows} == accuracies
     assert profile.split == "test"
     assert (checkpoint.parent / "profile_b_cpu.png").stat().st_size > 10_000
+
+
+def test_profile_of_a_folder_is_saved_in_it(checkpoint, tmp_path):
+    Teammate.from_checkpoint(checkpoint, "b").save_pretrained(tmp_path)
+    main(["profile", "--ckpt_path", str(tmp_path), "--batch_sizes", "[1]", "--runs", "1"])
+    profile = Profile.load(tmp_path / "profile_a_cpu.json")
+    assert (profile.depths, profile.split) == (["d7", "d5", "d2"], "test")
 
 
 def test_profile_without_an_evaluation(checkpoint, tmp_path, capsys):

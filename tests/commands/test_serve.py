@@ -1,20 +1,26 @@
 import socket
 import sys
 
+import httpx2
+import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
+from teamnet_pl import TeamNetError
 from teamnet_pl.cli import main
 from teamnet_pl.commands.serve import serve_teammate
-from teamnet_pl.deploy import Predictor
+from teamnet_pl.deploy import Predictor, Teammate
+from tests.helpers.images import encoded
 from tests.helpers.runs import error_of
+from tests.helpers.serving import client_of, server_process
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
 
 
 def test_options_reach_the_server(checkpoint, monkeypatch):
     started = {}
 
-    def run(app, listener):
-        started.update(app=app, address=listener.getsockname())
+    def run(server, listener):
+        started.update(server=server, address=listener.getsockname())
 
     monkeypatch.setattr("teamnet_pl.deploy.serving.server.run", run)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -30,11 +36,60 @@ def test_options_reach_the_server(checkpoint, monkeypatch):
     words += ["--max_batch_size", 5]
     main(["serve", "--ckpt_path", str(checkpoint), *map(str, words)])
     assert started["address"] == ("127.0.0.1", port)
-    assert options["batch_sizes"] == (1, 5)
-    with TestClient(started["app"]) as client:
-        health = client.get("/health").json()
-        assert (list(health["depths"]), health["budget_ms"]) == (["d4", "d0"], 250)
+    with client_of(started["server"]) as client:
+        model = client.get("/model").json()
+        assert (list(model["depths"]), model["budget_ms"]) == (["d4", "d0"], 250)
         assert "3 are allowed" in client.post("/predict", content=b"four").json()["error"]
+    assert options["batch_sizes"] == (1, 5)
+
+
+@pytest.mark.slow
+def test_a_folder_and_a_repository_as_source(checkpoint, tmp_path, fake_hub):
+    """By real processes: all sources answer the same."""
+    teammate = Teammate.from_checkpoint(checkpoint, "b")
+    teammate.save_pretrained(tmp_path / "net")
+    fake_hub.files |= {path.name: path.read_bytes() for path in (tmp_path / "net").iterdir()}
+    answers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", fake_hub.url)
+        patch.setenv("HF_HOME", str(tmp_path / "cache"))
+        for words in (["me/net"], [tmp_path / "net"], [checkpoint, "--teammate", "b"]):
+            with server_process(tmp_path / "log", "--ckpt_path", *words) as (address, _):
+                url = f"{address}/predict?depth=d2"
+                answers.append(httpx2.post(url, content=encoded(PIXELS)).json())
+    expected = Predictor.from_checkpoint(checkpoint, "b").predict(PIXELS, depth="d2")
+    for answer in answers:
+        assert answer["probabilities"] == pytest.approx(expected.probabilities[0].tolist())
+        assert answer["class"] == expected.names[0]
+
+
+@pytest.mark.fault(
+    "a source that is neither a file, nor a folder, nor on the Hub",
+    "The server ends with one sentence and status 2.",
+)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/best.ckpt", "There is no file no/best.ckpt"),
+        ("no/such/folder", "There is no file no/such/folder"),
+        ("me/net", "There is no file or folder me/net, and as a repository on the Hub: "),
+        (".", ". has no config.json of a Teammate"),
+    ],
+)
+def test_a_source_that_is_not_one(tmp_path, monkeypatch, capsys, fake_hub, source, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake_hub.url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        fake_hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    words = ["serve", "--ckpt_path", source, "--port", "0"]
+    assert message in error_of(capsys, main, words)
+
+
+def test_the_name_of_a_teammate_is_of_a_checkpoint(tmp_path):
+    with pytest.raises(TeamNetError, match="holds one Teammate, which has no name; found b"):
+        Teammate.load(tmp_path, "b")
 
 
 @pytest.mark.fault(

@@ -1,27 +1,12 @@
 """Fixtures of the tests of deploy."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from teamnet_pl import Team
 from teamnet_pl.data import Digits
-from tests.helpers.deploy import FakeHub
 from tests.helpers.teams import make_digits
-
-
-@pytest.fixture
-def fake_hub() -> Iterator[FakeHub]:
-    """A stand-in for the Hugging Face Hub that runs during the test."""
-    server = FakeHub()
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture(scope="session")

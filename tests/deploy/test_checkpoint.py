@@ -85,17 +85,15 @@ def test_predictions_of_the_command_line_have_names(fitted):
 
 
 def test_a_server_names_the_class(fitted):
-    from starlette.testclient import TestClient
-
-    from teamnet_pl.deploy.serving.server import Server
+    from tests.helpers.serving import serving_client
 
     predictor = Predictor.from_checkpoint(fitted / BEST)
     files = image_files(fitted)
-    with TestClient(Server(predictor, budget_ms=5000).app()) as client:
+    with serving_client(predictor, budget_ms=5000) as client:
         for file in files[::7]:
             answer = client.post("/predict?depth=d7", content=file.read_bytes()).json()
             assert [answer["class"]] == predictor.predict(file, depth="d7").names
-        assert client.get("/health").json()["classes"] == sorted(NAMES)
+        assert client.get("/model").json()["classes"] == sorted(NAMES)
 
 
 @pytest.mark.fault("missing training data", "`profile` and `export` need only the checkpoint.")

@@ -16,12 +16,13 @@ MODULES = sorted((PACKAGE / "deploy").rglob("*.py"))
 MODULES += [PACKAGE / "commands" / f"{name}.py" for name in ("export", "profile", "serve")]
 HEAVY = {
     *("executorch", "huggingface_hub", "matplotlib", "onnx", "onnx_ir", "onnxruntime"),
-    *("onnxscript", "prometheus_client", "rich", "sklearn", "starlette", "timm", "uvicorn"),
-    "wandb",
+    *("onnxscript", "prometheus_client", "python_multipart", "rich", "sklearn", "starlette"),
+    *("timm", "uvicorn", "wandb"),
 }
 NEEDED = {
     "deploy/teammate.py": {"huggingface_hub"},
     "deploy/serving/server.py": {"prometheus_client", "starlette", "uvicorn"},
+    "deploy/serving/uploads.py": {"python_multipart"},
 }
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from teamnet_pl.checkpoints import check_finite
-from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.deploy.runtime.controller import DepthController, OverheadEstimator
 from teamnet_pl.deploy.runtime.measuring import profile_depths, run_timed
 from teamnet_pl.deploy.runtime.preprocessing import Images, Preprocessing
@@ -21,7 +20,7 @@ from teamnet_pl.deploy.teammate import Teammate
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.errors import TeamNetError
-from teamnet_pl.trust import errors_naming
+from teamnet_pl.trust import Trust, errors_naming
 
 CALIBRATION_RUNS = 10
 """Number of runs of each depth and batch size that replace a profile."""
@@ -154,8 +153,7 @@ class Predictor:
 
     def _try_each_depth(self, image: Tensor) -> None:
         """Checks the outputs, and shows the controller how fast the machine is now."""
-        for view in self._views.values():
-            run_timed(view, image)  # warms up
+        self.warm_up()
         for depth in self.depths:
             self.run(image, depth)
             if not self.last_is_finite:
@@ -167,7 +165,7 @@ class Predictor:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        source: str | Path,
         teammate: str = "a",
         *,
         device: str | torch.device = "cpu",
@@ -176,11 +174,12 @@ class Predictor:
         batch_sizes: Sequence[int] = (1, 8),
         trust_import: bool = False,
     ) -> Predictor:
-        """Loads a Teammate of a checkpoint, its preprocessing and the names of its classes.
+        """Loads a Teammate, its preprocessing and the names of its classes.
 
         Args:
-            path: The checkpoint.
-            teammate: Name of the Teammate, such as ``a``.
+            source: The checkpoint, a folder that ``save_pretrained`` wrote, or the name of a
+                repository on the Hub, such as ``me/net``.
+            teammate: Name of the Teammate in a checkpoint, such as ``a``.
             device: The device to run it on.
             profile: Profile of the net on this machine, or the file that ``teamnet profile`` wrote;
                 by default a few runs are timed instead.
@@ -191,31 +190,42 @@ class Predictor:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            TeamNetError: If the file is not a checkpoint of a team, is damaged, names something
-                that is not trusted, has no such Teammate or depth, or does not hold the
-                preprocessing; if the profile is not a profile, or is of another net or device; or
-                if a batch size is not positive.
+            TeamNetError: If the source does not hold a Teammate, is damaged, names something that
+                is not trusted, has no such Teammate or depth, or does not hold the preprocessing;
+                if the profile is not a profile, or is of another net or device; or if a batch size
+                is not positive.
         """
         if isinstance(profile, str | Path):
             profile = Profile.load(profile)
-        saved = SavedTeam.read(path, trust_import)
-        net = Teammate.from_saved(saved, teammate, device)
-        if saved.preprocessing is None:
+        net = Teammate.load(source, teammate, device=device, trust_import=trust_import)
+        if net.preprocessing is None:
             raise TeamNetError(
-                f"{path} does not hold how images become the input of the net, since the team was "
-                "not trained on an ImageDataModule. Make a Predictor with a Preprocessing of your "
-                "own."
+                f"{source} does not hold how images become the input of the net, since the team "
+                "was not trained on an ImageDataModule. Make a Predictor with a Preprocessing of "
+                "your own."
             )
-        with errors_naming(path):
-            preprocessing = Preprocessing.from_config(saved.preprocessing, saved.trust)
+        with errors_naming(source):
+            trust = Trust(source, trust_import)
+            preprocessing = Preprocessing.from_config(net.preprocessing, trust)
         return cls(
             net,
             preprocessing,
-            classes=saved.classes,
+            classes=net.classes,
             profile=profile,
             depths=depths,
             batch_sizes=batch_sizes,
         )
+
+    def warm_up(self, max_batch_size: int = 1) -> None:
+        """Runs each depth at each batch size once, since the first run of a thread is slower.
+
+        Args:
+            max_batch_size: Largest number of images that will run at once.
+        """
+        for batch_size in range(1, max_batch_size + 1):
+            images = example_images(torch.nn.Module(), batch_size, self.preprocessing.input_shape)
+            for view in self._views.values():
+                run_timed(view, images)
 
     def class_name(self, label: int) -> str | None:
         """Returns the name of a class, or None if the names are not known."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
 from teamnet_pl.elastic.depths import format_stages
+from teamnet_pl.pictures import Label, add_legend, label_points, series_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,16 +68,20 @@ def draw_profile(profile: Profile) -> Figure:
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
         rows = [row for row in profile.rows if row.batch_size == size and row.accuracy is not None]
-        axes.plot(*_points(rows), "o", color="0.6", label="dominated")
-        axes.plot(*_points(pareto_front(rows)), "o-", label="Pareto front")
-        for row in rows:
-            point = (row.median_ms, 100 * (row.accuracy or 0))
-            axes.annotate(row.depth, point, (3, 5), textcoords="offset points", fontsize=8)
+        front = pareto_front(rows)
+        axes.plot(*_points(front), label="Pareto front", **series_style(0))
+        dominated = [row for row in rows if row not in front]
+        axes.plot(*_points(dominated), ls="", label="dominated", **series_style(1))
         axes.set_xlabel("median latency, ms")
         axes.set_title(f"batch of {size}")
         axes.grid(alpha=0.3)
+        axes.margins(0.08)  # room for the names of the points at the edges
     panels[0].set_ylabel(f"top-1 accuracy on the {profile.split} split, %")
-    panels[-1].legend(loc="lower right")  # the default, "best", searches and may warn
+    add_legend(figure, panels[0])
+    for axes, size in zip(panels, sizes, strict=True):
+        rows = [row for row in profile.rows if row.batch_size == size and row.accuracy is not None]
+        points = zip(*_points(rows), (row.depth for row in rows), strict=True)
+        label_points(axes, [Label(*point, color="black") for point in points])
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Batches the requests that wait for one net, at the depth that all of them allow."""
+"""Batches the images that wait for one net, at the depth that all of them allow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LATER_BATCH_FACTOR = 1.25
 
 
 class OverloadedError(Exception):
-    """Not even the shallowest depth can answer all waiting requests in time."""
+    """Not even the shallowest depth can answer all waiting requests in time, or none is loaded."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a request.
+    """The answer to an image of a request.
 
     Attributes:
         probabilities: Class probabilities, shape ``(classes,)``.
@@ -43,6 +43,8 @@ class Answer:
 
 @dataclass(eq=False)  # compared by identity
 class _Request:
+    """One image of a request over HTTP."""
+
     image: Tensor
     arrived: float
     deadline: float
@@ -82,6 +84,7 @@ class Batcher:
         clock: Returns the time in seconds.
 
     Attributes:
+        predictor: Runs the net.
         clock: Returns the time in seconds.
 
     Raises:
@@ -97,7 +100,7 @@ class Batcher:
         if max_batch_size < 1:
             raise TeamNetError(f"max_batch_size must be at least 1, found {max_batch_size}.")
         self.clock = clock
-        self._predictor = predictor
+        self.predictor = predictor
         self._max_batch_size = max_batch_size
         self._waiting: list[_Request] = []  # by deadline
         self._arrival = asyncio.Event()
@@ -107,16 +110,20 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of waiting requests."""
+        """Number of waiting images."""
         return len(self._waiting)
 
     async def predict(
-        self, image: Tensor, arrived: float, budget_ms: float, depth: str | None = None
-    ) -> Answer:
-        """Answers a request.
+        self,
+        images: Sequence[Tensor],
+        arrived: float,
+        budget_ms: float,
+        depth: str | None = None,
+    ) -> list[Answer]:
+        """Answers all images of a request, or none.
 
         Args:
-            image: Preprocessed image, shape ``(channels, height, width)``.
+            images: Preprocessed images, each of shape ``(channels, height, width)``.
             arrived: Time at which the request arrived, by the clock.
             budget_ms: Milliseconds from the arrival to the answer.
             depth: Name of the depth to run; by default the deepest that there is time for.
@@ -126,19 +133,28 @@ class Batcher:
                 or later.
             NonFiniteError: If the output is not finite.
         """
-        self.admit(arrived, budget_ms, depth)
-        request = _Request(image, arrived, arrived + budget_ms / 1000, depth)
-        insort(self._waiting, request, key=attrgetter("deadline"))
+        self.admit(arrived, budget_ms, depth, len(images))
+        deadline = arrived + budget_ms / 1000
+        requests = [_Request(image, arrived, deadline, depth) for image in images]
+        for request in requests:
+            insort(self._waiting, request, key=attrgetter("deadline"))
         self._arrival.set()
-        return await request.answer
+        try:
+            return await asyncio.gather(*(request.answer for request in requests))
+        except BaseException:
+            self._remove(requests)  # nobody waits for the other images of the request
+            raise
 
-    def admit(self, arrived: float, budget_ms: float, depth: str | None = None) -> None:
+    def admit(
+        self, arrived: float, budget_ms: float, depth: str | None = None, count: int = 1
+    ) -> None:
         """Refuses a request that `predict` would refuse now, for example before it is decoded.
 
         Args:
             arrived: Time at which the request arrived, by the clock.
             budget_ms: Milliseconds from the arrival to the answer.
             depth: Name of the depth to run; by default the deepest that there is time for.
+            count: Number of images.
 
         Raises:
             OverloadedError: If other requests leave too little time for the shallowest depth.
@@ -146,15 +162,16 @@ class Batcher:
         if not self._waiting and self._done_at is None:
             return  # there is no other request; and its run corrects an estimate that is too high
         deadlines = [request.deadline for request in self._waiting]
-        insort(deadlines, arrived + budget_ms / 1000)
-        controller = self._predictor.controller
+        deadlines = sorted(deadlines + count * [arrived + budget_ms / 1000])
+        controller = self.predictor.controller
         depth = depth or controller.depths[-1]
         size = min(len(deadlines), self._max_batch_size)
         batch_ms = controller.estimate_ms(depth, size)
         if self._pace_ms(deadlines, max(self.clock(), self._done_at or 0)) < batch_ms:
-            self._has_refused |= budget_ms >= controller.estimate_ms(depth)
+            alone_ms = controller.estimate_ms(depth, min(count, self._max_batch_size))
+            self._has_refused |= budget_ms >= alone_ms
             raise OverloadedError(
-                f"{len(self._waiting)} requests are waiting: even at depth {depth}, {batch_ms:.1f} "
+                f"{len(self._waiting)} images are waiting: even at depth {depth}, {batch_ms:.1f} "
                 f"ms for {size}, this request or another would be late."
             )
 
@@ -164,12 +181,17 @@ class Batcher:
         Of several batches one may be slow. That all of them are is so rare that it is not planned
         for. But the longer the queue, the more delays are likely.
         """
-        later = LATER_BATCH_FACTOR * self._predictor.controller.typical_share
+        later = LATER_BATCH_FACTOR * self.predictor.controller.typical_share
         pace = (
             (deadline - now) / (1 + index // self._max_batch_size * later)
             for index, deadline in enumerate(deadlines)
         )
         return 1000 * min(pace)
+
+    async def warm_up(self) -> None:
+        """Runs all depths and batch sizes, so that none is run for the first time by a request."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self.predictor.warm_up, self._max_batch_size)
 
     async def run(self) -> None:
         """Answers requests until it is cancelled."""
@@ -181,7 +203,7 @@ class Batcher:
 
     def _refuse_late(self, now: float) -> None:
         """Refuses requests that can no longer be in time, unless all of them are late."""
-        controller = self._predictor.controller
+        controller = self.predictor.controller
         late = [
             request
             for request in self._waiting
@@ -208,7 +230,7 @@ class Batcher:
         """Chooses the depth of the next batch, before its requests leave the queue."""
         deadlines = [request.deadline for request in self._waiting]
         pace_ms = 0.0 if self._has_refused else self._pace_ms(deadlines, now)
-        return self._predictor.controller.choose(pace_ms, batch_size)
+        return self.predictor.controller.choose(pace_ms, batch_size)
 
     async def _run_batch(self) -> None:
         now = self.clock()
@@ -220,10 +242,10 @@ class Batcher:
         self._has_refused = False
         self._remove(batch)
         images = torch.stack([request.image for request in batch])
-        self._done_at = now + self._predictor.controller.estimate_ms(depth, len(batch)) / 1000
+        self._done_at = now + self.predictor.controller.estimate_ms(depth, len(batch)) / 1000
         loop = asyncio.get_running_loop()
         try:
-            outputs = await loop.run_in_executor(self._thread, self._predictor.run, images, depth)
+            outputs = await loop.run_in_executor(self._thread, self.predictor.run, images, depth)
         except Exception as error:
             for request in batch:
                 request.fail(error)

@@ -2,34 +2,39 @@
 
 Built on Starlette rather than on a model server such as LitServe: those hand batches to their
 workers that are already formed, while here the depth depends on the other waiting requests and
-their deadlines.
+their deadlines. FastAPI would add a second kind of errors and time to start, and could not derive
+from signatures that a body is a file or a form.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import h11
 import uvicorn
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from teamnet_pl.deploy.runtime.predictor import Predictor, check_budget
-from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS
+from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS, Preprocessing
+from teamnet_pl.deploy.serving import openapi
 from teamnet_pl.deploy.serving.batcher import Answer, Batcher, OverloadedError
+from teamnet_pl.deploy.serving.uploads import Upload, read_uploads
 from teamnet_pl.errors import TeamNetError
 
 Number = TypeVar("Number", int, float)
@@ -40,6 +45,8 @@ HEADERS_TIMEOUT_S = 10
 """Seconds in which the headers of a request have to arrive."""
 MAX_REQUESTS = 512
 """Largest number of predictions at once, as each may hold a body in memory."""
+RETRY = {"Retry-After": "1"}
+"""Headers of the answer to a request that may be sent again, after some seconds."""
 LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 """Buckets of the latency histogram, in seconds."""
 
@@ -47,16 +54,12 @@ LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2,
 class Metrics:
     """The metrics of a server for Prometheus.
 
-    Args:
-        predictor: Runs the net.
-        batcher: Holds the waiting requests.
-
     Attributes:
         registry: All metrics.
         requests: Counts requests by the status of their answer.
     """
 
-    def __init__(self, predictor: Predictor, batcher: Batcher) -> None:
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "teamnet_requests",
@@ -77,14 +80,24 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        waiting = Gauge("teamnet_waiting", "Waiting requests.", registry=registry)
-        waiting.set_function(lambda: batcher.waiting)
-        slowdown = Gauge(
-            "teamnet_slowdown",
-            "How many times as slow as profiled the machine is.",
-            registry=registry,
-        )
-        slowdown.set_function(lambda: predictor.controller.slowdown)
+
+    def watch(self, batcher: Batcher) -> None:
+        """Adds the metrics of the net, once it is loaded."""
+        predictor = batcher.predictor
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "waiting": ("Waiting images.", lambda: batcher.waiting),
+            "slowdown": (
+                "How many times as slow as profiled the machine is.",
+                lambda: predictor.controller.slowdown,
+            ),
+            "last_output_finite": (
+                "Whether the whole output of the last run was finite.",
+                lambda: predictor.last_is_finite,
+            ),
+        }
+        for name, (description, value) in gauges.items():
+            gauge = Gauge(f"teamnet_{name}", description, registry=self.registry)
+            gauge.set_function(value)
 
     def count_answer(self, answer: Answer, seconds: float) -> None:
         """Counts an answer and its latency in seconds."""
@@ -95,12 +108,22 @@ class Metrics:
 class Server:
     """The endpoints.
 
+    They answer at once, and predict when the net is loaded and each depth has run at each batch
+    size, so that the first request takes no longer than the others.
+
     Args:
-        predictor: Runs the net.
+        load: Loads the net.
         budget_ms: Budget of requests that do not give one, in milliseconds.
         max_batch_size: Largest number of images that run at once.
-        max_body_bytes: Largest size of an image file in bytes.
+        max_body_bytes: Largest size of the body of a request, with all its images, in bytes.
+        max_images: Largest number of images in a request.
         max_pixels: Largest number of pixels of an image.
+
+    Attributes:
+        load: Loads the net.
+        batcher: Runs the net; None until it is ready.
+        failure: The error that ended the loading or the batches.
+        on_failure: Is called after such an error.
 
     Raises:
         TeamNetError: If a number is not positive.
@@ -108,23 +131,34 @@ class Server:
 
     def __init__(
         self,
-        predictor: Predictor,
+        load: Callable[[], Predictor],
         *,
         budget_ms: float = 100,
         max_batch_size: int = 8,
         max_body_bytes: int = 2**22,
+        max_images: int = 32,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_budget(budget_ms)
-        for name, value in {"max_body_bytes": max_body_bytes, "max_pixels": max_pixels}.items():
+        limits = {
+            "max_batch_size": max_batch_size,
+            "max_body_bytes": max_body_bytes,
+            "max_images": max_images,
+            "max_pixels": max_pixels,
+        }
+        for name, value in limits.items():
             if value < 1:
                 raise TeamNetError(f"{name} must be at least 1, found {value}.")
-        self.predictor = predictor
         self.budget_ms = budget_ms
+        self.max_batch_size = max_batch_size
         self.max_body_bytes = max_body_bytes
+        self.max_images = max_images
         self.max_pixels = max_pixels
-        self.batcher = Batcher(predictor, max_batch_size)
-        self.metrics = Metrics(predictor, self.batcher)
+        self.metrics = Metrics()
+        self.batcher: Batcher | None = None
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.load = load
         self._num_requests = 0
         # Decoding more images at once than there are cores takes memory and saves no time.
         self._decoding_slots = asyncio.Semaphore(os.cpu_count() or 1)
@@ -134,8 +168,12 @@ class Server:
         return Starlette(
             routes=[
                 Route("/predict", self.predict, methods=["POST"]),
-                Route("/health", self.health),
+                Route("/model", self.model),
+                Route("/livez", self.live),
+                Route("/readyz", self.ready),
                 Route("/metrics", self.show_metrics),
+                Route("/openapi.json", lambda _: JSONResponse(openapi.description())),
+                Route("/docs", lambda _: HTMLResponse(openapi.page())),
             ],
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
             lifespan=self._lifespan,
@@ -143,12 +181,38 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._batcher_task = asyncio.create_task(self.batcher.run())
+        task = asyncio.create_task(self._work())
         yield
-        self._batcher_task.cancel()
+        task.cancel()
+
+    async def _work(self) -> None:
+        """Loads the net, and then answers requests until it is cancelled."""
+        try:
+            batcher = Batcher(await asyncio.to_thread(self.load), self.max_batch_size)
+            await batcher.warm_up()
+            await asyncio.to_thread(self._read_example, batcher.predictor.preprocessing)
+            self.metrics.watch(batcher)
+            self.batcher = batcher
+            uvicorn.config.logger.info("The net is ready.")
+            await batcher.run()
+        except Exception as error:
+            self.failure, self.batcher = error, None
+            self.on_failure()
+
+    def _read_example(self, preprocessing: Preprocessing) -> None:
+        """Reads an image file, since the first one makes Pillow import its plugins."""
+        channels, height, width = preprocessing.input_shape
+        file = io.BytesIO()
+        Image.new("L" if channels == 1 else "RGB", (width, height)).save(file, "PNG")
+        preprocessing(file.getvalue())
+
+    def _ready_batcher(self) -> Batcher:
+        if self.batcher is None:
+            raise OverloadedError("The net is not ready: GET /readyz tells when it is.")
+        return self.batcher
 
     async def predict(self, request: Request) -> Response:
-        """Predicts the class of the image in the body."""
+        """Predicts the class of each image in the body: a file, or a form of several."""
         self._num_requests += 1
         try:
             if self._num_requests > MAX_REQUESTS:
@@ -156,7 +220,7 @@ class Server:
             response = await self._predict(request)
         except OverloadedError as error:
             self.metrics.requests.labels(503).inc()
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+            raise HTTPException(503, str(error), RETRY) from error
         except HTTPException as error:
             self.metrics.requests.labels(error.status_code).inc()
             raise
@@ -169,33 +233,34 @@ class Server:
         return response
 
     async def _predict(self, request: Request) -> Response:
-        clock = self.batcher.clock
+        batcher = self._ready_batcher()
+        predictor = batcher.predictor
         try:
-            budget_ms, depth = self._budget(request.query_params)
+            budget_ms, depth = self._budget(request.query_params, predictor)
             body = await self._body(request)
-            arrived = clock()
-            self.batcher.admit(arrived, budget_ms, depth)  # spares decoding an image in vain
+            arrived = batcher.clock()
+            content_type = request.headers.get("Content-Type", "")
+            uploads = read_uploads(content_type, body, self.max_images)
+            # Spares decoding images in vain.
+            batcher.admit(arrived, budget_ms, depth, len(uploads))
             async with self._decoding_slots:
-                image = await asyncio.to_thread(self._image, body)
+                images = await asyncio.to_thread(
+                    lambda: [self._image(upload, predictor.preprocessing) for upload in uploads]
+                )
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        answer = await self.batcher.predict(image, arrived, budget_ms, depth)
-        seconds = clock() - arrived
-        self.metrics.count_answer(answer, seconds)
-        label = int(answer.probabilities.argmax())
-        return JSONResponse(
-            {
-                "label": label,
-                "class": self.predictor.class_name(label),
-                "probabilities": answer.probabilities.tolist(),
-                "depth": answer.depth,
-                "batch_size": answer.batch_size,
-                "waited_ms": answer.waited_ms,
-                "latency_ms": 1000 * seconds,
-            }
-        )
+        answers = await batcher.predict(images, arrived, budget_ms, depth)
+        seconds = batcher.clock() - arrived
+        predictions = []
+        for upload, answer in zip(uploads, answers, strict=True):
+            self.metrics.count_answer(answer, seconds)
+            file = {} if upload.name is None else {"file": upload.name}
+            predictions.append(file | _prediction(answer, predictor))
+        is_form = uploads[0].name is not None
+        content = {"predictions": predictions} if is_form else predictions[0]
+        return JSONResponse({**content, "latency_ms": 1000 * seconds})
 
-    def _budget(self, query: QueryParams) -> tuple[float, str | None]:
+    def _budget(self, query: QueryParams, predictor: Predictor) -> tuple[float, str | None]:
         """The budget of time, and the depth if the request leaves no choice."""
         known = ("budget_ms", "macs", "depth")
         if unknown := set(query) - set(known):
@@ -209,7 +274,7 @@ class Server:
         macs = _number(query, "macs", int)
         if macs is not None and "depth" in query:
             raise TeamNetError("Pass one of macs and depth, found both.")
-        return budget_ms, self.predictor.depth_for(macs, query.get("depth"))
+        return budget_ms, predictor.depth_for(macs, query.get("depth"))
 
     async def _body(self, request: Request) -> bytes:
         """Reads the body, and keeps no more of it than the allowed size."""
@@ -236,28 +301,54 @@ class Server:
                 body += chunk
         return bytes(body), size
 
-    def _image(self, body: bytes) -> Tensor:
-        return self.predictor.preprocessing(body, self.max_pixels)[0]
+    def _image(self, upload: Upload, preprocessing: Preprocessing) -> Tensor:
+        try:
+            return preprocessing(upload.content, self.max_pixels)[0]
+        except TeamNetError as error:
+            if upload.name is None:
+                raise
+            raise TeamNetError(f"{upload.name}: {error}") from error
 
-    async def health(self, request: Request) -> Response:
-        """Reports whether requests are answered, and describes the net."""
-        status = "failed" if self._batcher_task.done() else "ok"
-        if status == "ok" and not self.predictor.last_is_finite:
-            status = "the last output is not finite"
+    async def live(self, request: Request) -> Response:
+        """Reports that the process answers."""
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        """Reports whether predictions are answered."""
+        if self.batcher is not None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "failed" if self.failure else "loading"}, 503)
+
+    async def model(self, request: Request) -> Response:
+        """Describes the net."""
+        try:
+            predictor = self._ready_batcher().predictor
+        except OverloadedError as error:
+            raise HTTPException(503, str(error), RETRY) from error
         return JSONResponse(
             {
-                "status": status,
-                "depths": self.predictor.macs,
-                "input_shape": self.predictor.preprocessing.input_shape,
-                "classes": self.predictor.classes,
+                "depths": predictor.macs,
+                "input_shape": predictor.preprocessing.input_shape,
+                "classes": predictor.classes,
                 "budget_ms": self.budget_ms,
-            },
-            200 if status == "ok" else 503,
+            }
         )
 
     async def show_metrics(self, request: Request) -> Response:
         """Reports the metrics in the format of Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _prediction(answer: Answer, predictor: Predictor) -> dict[str, Any]:
+    label = int(answer.probabilities.argmax())
+    return {
+        "label": label,
+        "class": predictor.class_name(label),
+        "probabilities": answer.probabilities.tolist(),
+        "depth": answer.depth,
+        "batch_size": answer.batch_size,
+        "waited_ms": answer.waited_ms,
+    }
 
 
 def _number(query: QueryParams, name: str, kind: type[Number]) -> Number | None:
@@ -346,15 +437,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: Starlette, listener: socket.socket) -> None:
-    """Serves an application until the process is told to end.
+def run(server: Server, listener: socket.socket) -> None:
+    """Serves until the process is told to end.
 
     Args:
-        app: The application.
+        server: The endpoints.
         listener: A listening socket.
+
+    Raises:
+        Exception: That of a net that cannot be loaded, or of batches that have ended.
     """
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(app, http=HeadersTimeoutProtocol, ws="none", access_log=False)
+    config = uvicorn.Config(server.app(), http=HeadersTimeoutProtocol, ws="none", access_log=False)
     uvicorn.config.logger.info("Uvicorn running on http://%s:%d", address, port)
-    uvicorn.Server(config).run([listener])
+    web = uvicorn.Server(config)
+
+    def stop() -> None:
+        config.timeout_graceful_shutdown = 1  # since the waiting requests will get no answer
+        web.should_exit = True
+
+    server.on_failure = stop
+    web.run([listener])
+    if server.failure is not None:
+        raise server.failure

@@ -61,7 +61,7 @@ def serve(machine, requests, max_batch_size=4):
 
         async def send(number, budget_ms, depth=None):
             image = torch.full((1,), number)
-            return await batcher.predict(image, machine.now, budget_ms, depth)
+            return (await batcher.predict([image], machine.now, budget_ms, depth))[0]
 
         tasks = [asyncio.create_task(send(0, 1e6, "d0"))]
         while batcher._done_at is None:
@@ -128,7 +128,7 @@ def test_requests_are_refused_if_even_the_shallowest_depth_is_late():
     assert {answer.depth for answer in done} == {"d0"}
     refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
     assert len(refused) == 11
-    assert "8 requests are waiting: even at depth d0, 8.0 ms for 4" in str(refused[0])
+    assert "8 images are waiting: even at depth d0, 8.0 ms for 4" in str(refused[0])
 
 
 @pytest.mark.parametrize(("budget", "depth"), [(2.5, "d0"), (1.5, "d7")])
@@ -155,11 +155,11 @@ def test_a_request_that_is_alone_is_never_refused():
     async def main():
         batcher = Batcher(machine, clock=lambda: machine.now)
         running = asyncio.create_task(batcher.run())
-        answers = [await batcher.predict(torch.ones(1), 0, budget_ms=0.001) for _ in range(2)]
+        answers = [await batcher.predict([torch.ones(1)], 0, budget_ms=0.001) for _ in range(2)]
         running.cancel()
         return answers
 
-    assert [answer.depth for answer in asyncio.run(main())] == ["d0", "d0"]
+    assert [answer.depth for (answer,) in asyncio.run(main())] == ["d0", "d0"]
 
 
 @pytest.mark.fault(
@@ -214,7 +214,7 @@ def test_a_client_that_disconnects_does_not_affect_the_others():
         running = asyncio.create_task(batcher.run())
         machine.gate.clear()
         sent = [
-            asyncio.create_task(batcher.predict(torch.full((1,), i), 0, 1000)) for i in range(3)
+            asyncio.create_task(batcher.predict([torch.full((1,), i)], 0, 1000)) for i in range(3)
         ]
         await asyncio.sleep(0)
         sent[1].cancel()
@@ -223,9 +223,70 @@ def test_a_client_that_disconnects_does_not_affect_the_others():
         running.cancel()
         return answers
 
-    first, gone, last = asyncio.run(main())
+    (first,), gone, (last,) = asyncio.run(main())
     assert (int(first.probabilities), int(last.probabilities)) == (0, 2)
     assert isinstance(gone, asyncio.CancelledError)
+
+
+def send_images(machine, *requests, during=lambda batcher: None):
+    """Sends requests of several images, while a first one of one image runs at d0.
+
+    Args:
+        machine: Runs them, at most three images at once.
+        *requests: The numbers of the images and the budget in ms of each request.
+        during: Is called with the batcher while they wait.
+    """
+
+    async def main():
+        batcher = Batcher(machine, 3, clock=lambda: machine.now)
+        running = asyncio.create_task(batcher.run())
+        machine.gate.clear()
+        first = asyncio.create_task(batcher.predict([torch.zeros(1)], 0, 1e6, "d0"))
+        while batcher._done_at is None:
+            await asyncio.sleep(0)
+        tasks = [
+            asyncio.create_task(batcher.predict([torch.full((1,), i) for i in images], 0, budget))
+            for images, budget in requests
+        ]
+        await asyncio.sleep(0)
+        during(batcher)
+        machine.gate.set()
+        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
+        running.cancel()
+        return answers[1:]
+
+    return asyncio.run(main())
+
+
+def test_a_request_of_several_images():
+    """They count as so many waiting images, and may run in several batches."""
+    machine, waiting = Machine(), []
+    answers, other = send_images(
+        machine, ([1, 2, 3, 4, 5], 900), ([6], 950), during=lambda b: waiting.append(b.waiting)
+    )
+    assert waiting == [6]
+    assert [int(answer.probabilities) for answer in answers] == [1, 2, 3, 4, 5]
+    assert [int(answer.probabilities) for answer in other] == [6]
+    assert machine.batches[1:] == [("d7", [1, 2, 3]), ("d7", [4, 5, 6])]
+
+
+def test_a_request_is_refused_with_all_its_images():
+    # After the first batch of 2 ms, five images at d0 take two batches of 6 and 4 ms.
+    machine = Machine()
+    (refused,) = send_images(machine, ([1, 2, 3, 4, 5], 8))
+    assert isinstance(refused, OverloadedError)
+    assert len(machine.batches) == 1
+    (answers,) = send_images(Machine(), ([1, 2, 3, 4, 5], 20))
+    assert len(answers) == 5
+
+
+def test_the_images_of_a_failed_request_do_not_run():
+    machine = Machine()
+    failed, other = send_images(machine, ([1, 2, 666, 3, 4, 5, 7, 8], 900), ([9], 950))
+    assert isinstance(failed, RuntimeError)
+    assert [int(answer.probabilities) for answer in other] == [9]
+    # The next batch has begun when the request fails.
+    assert machine.batches[1:] == [("d7", [3, 4, 5]), ("d7", [9])]
 
 
 request_lists = st.lists(

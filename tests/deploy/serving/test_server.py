@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,13 +23,21 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from teamnet_pl import TeamNetError
 from teamnet_pl.deploy import Predictor
+from teamnet_pl.deploy.runtime import predictor as predictor_module
 from teamnet_pl.deploy.runtime.predictor import NonFiniteError
 from teamnet_pl.deploy.serving import server as module
-from teamnet_pl.deploy.serving.batcher import OverloadedError
+from teamnet_pl.deploy.serving.batcher import Batcher, OverloadedError
 from teamnet_pl.deploy.serving.server import Server
 from tests.helpers.images import encoded, hostile_files
-from tests.helpers.runs import teamnet_command
+from tests.helpers.serving import (
+    answer_to,
+    client_of,
+    ready_app,
+    server_process,
+    serving_client,
+)
 
 
 def png(seed=0, size=8):
@@ -50,9 +60,7 @@ def predictor(checkpoint):
 
 @pytest.fixture
 def client(predictor):
-    with TestClient(
-        Server(predictor, budget_ms=5000).app(), raise_server_exceptions=False
-    ) as client:
+    with serving_client(predictor, budget_ms=5000) as client:
         yield client
 
 
@@ -115,14 +123,14 @@ def test_bodies_that_are_not_images(client):
 )
 def test_limits(predictor):
     size = len(png())
-    with TestClient(Server(predictor, max_body_bytes=size, max_pixels=64).app()) as client:
+    with serving_client(predictor, max_body_bytes=size, max_pixels=64) as client:
         assert client.post("/predict", content=png()).status_code == 200
         response = client.post("/predict", content=png() + b"0")
         assert response.status_code == 413
         assert f"{size + 1} bytes; {size} are allowed" in response.json()["error"]
         chunks = iter([png(), b"0"])  # without a Content-Length
         assert client.post("/predict", content=chunks).status_code == 413
-    with TestClient(Server(predictor, max_pixels=63).app()) as client:
+    with serving_client(predictor, max_pixels=63) as client:
         response = client.post("/predict", content=png())
         assert response.status_code == 400
         assert "8x8 pixels, 63 are allowed" in response.json()["error"]
@@ -133,7 +141,7 @@ def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
         for _ in range(10):
             yield bytes(30)
 
-    server = Server(predictor, max_body_bytes=100)
+    server = Server(lambda: predictor, max_body_bytes=100)
     body, size = asyncio.run(server._read(SimpleNamespace(stream=stream)))
     assert (len(body), size) == (90, 300)
 
@@ -143,21 +151,102 @@ def test_no_more_of_a_body_is_kept_than_is_allowed(predictor):
 )
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(predictor, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    server = Server(predictor, budget_ms=60_000)
+    server = Server(lambda: predictor, budget_ms=60_000)
     decode, now, most = server._image, [], []
 
-    def slow(body):
-        now.append(body)
+    def slow(*args):
+        now.append(args)
         most.append(len(now))
         time.sleep(0.02)
         now.pop()
-        return decode(body)
+        return decode(*args)
 
     monkeypatch.setattr(server, "_image", slow)
-    with TestClient(server.app()) as client, ThreadPoolExecutor(8) as pool:
+    with client_of(server) as client, ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda _: client.post("/predict", content=png()), range(8))
         assert {answer.status_code for answer in answers} == {200}
     assert most == [1] * 8
+
+
+# Forms
+
+
+def as_form(*contents):
+    return [("image", (f"{number}.png", content)) for number, content in enumerate(contents)]
+
+
+def test_a_form_of_several_images(client, team):
+    contents = [png(seed) for seed in range(11)]  # more than one batch
+    answer = client.post("/predict?depth=d4", files=as_form(*contents)).json()
+    assert answer["latency_ms"] > 0
+    assert len(answer["predictions"]) == 11
+    for number, (content, prediction) in enumerate(
+        zip(contents, answer["predictions"], strict=True)
+    ):
+        alone = client.post("/predict?depth=d4", content=content).json()
+        expected = probabilities(team, "d4", content)
+        assert prediction["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert prediction["file"] == f"{number}.png"
+        for name in ("label", "class", "depth"):
+            assert prediction[name] == alone[name]
+    metrics = samples(client)
+    assert metrics['teamnet_requests_total{status="200"}'] == 12
+    assert metrics["teamnet_batch_size_count"] == 22
+    assert metrics['teamnet_batch_size_bucket{le="1.0"}'] == 11
+
+
+def form(*lines):
+    body = "\r\n".join(["--b", *lines, "--b--", ""])
+    return body.encode(), {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+FILE = 'Content-Disposition: form-data; name="image"; filename="a.png"'
+FIELD = 'Content-Disposition: form-data; name="budget_ms"'
+
+
+@pytest.mark.fault(
+    "a form that is malformed, has a field instead of a file, or a file that is not an image",
+    "The server answers 400 and names the file or the field.",
+)
+@pytest.mark.parametrize(
+    ("body", "headers", "message"),
+    [
+        (*form(FILE, "", "no image"), "a.png: The image: not an image in one of"),
+        (*form(FIELD, "", "20"), "the field 'budget_ms', which is not a file"),
+        (*form("", "20"), "The form is malformed"),
+        (b"--b--\r\n", form()[1], "The form"),
+        (form(FILE, "", "x")[0][:-9], form()[1], "malformed: it has no end"),
+        (b"", {"Content-Type": "multipart/form-data"}, "malformed: No boundary"),
+        (b"\x00" * 99, form()[1], "The form is malformed"),
+    ],
+)
+def test_forms_that_are_wrong(client, body, headers, message):
+    response = client.post("/predict", content=body, headers=headers)
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+    assert client.post("/predict", files=as_form(png())).status_code == 200
+
+
+@pytest.mark.fault(
+    "a form with too many files, or too large",
+    "The server answers 400 or 413 before it decodes an image.",
+)
+def test_limits_of_forms(predictor):
+    with serving_client(predictor, max_images=2, max_body_bytes=1000) as client:
+        assert client.post("/predict", files=as_form(png(), png())).status_code == 200
+        response = client.post("/predict", files=as_form(b"no", b"image", b"here"))
+        assert response.status_code == 400
+        assert response.json() == {"error": "The form has more than 2 files."}
+        assert client.post("/predict", files=as_form(bytes(900), b"")).status_code == 413
+
+
+def test_a_large_file_of_a_form_is_not_written_to_the_disk(predictor, monkeypatch):
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", None)
+    content = png(size=1024) + bytes(2**21)
+    with serving_client(predictor, budget_ms=60_000) as client:
+        response = client.post("/predict", files=as_form(content))
+    assert response.status_code == 400
+    assert "shape (1, 1024, 1024)" in response.json()["error"]
 
 
 def test_other_paths_and_methods(client):
@@ -166,16 +255,74 @@ def test_other_paths_and_methods(client):
     assert client.get("/nothing").json() == {"error": "Not Found"}
 
 
-def test_health(client, predictor):
-    response = client.get("/health")
+def test_the_model_is_described(client, predictor):
+    response = client.get("/model")
     assert response.status_code == 200
     assert response.json() == {
-        "status": "ok",
         "depths": predictor.macs,
         "input_shape": [1, 8, 8],
         "classes": [str(digit) for digit in range(10)],
         "budget_ms": 5000,
     }
+
+
+def test_a_server_is_alive_before_it_is_ready(predictor):
+    may_load = threading.Event()
+
+    def load():
+        assert may_load.wait(60)
+        return predictor
+
+    server = Server(load)
+    with TestClient(server.app()) as client:
+        for path, status in {"/livez": 200, "/readyz": 503, "/model": 503}.items():
+            assert client.get(path).status_code == status
+        assert client.get("/readyz").json() == {"status": "loading"}
+        response = client.post("/predict", content=png())
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+        assert "not ready" in response.json()["error"]
+        may_load.set()
+        until = time.monotonic() + 60
+        while client.get("/readyz").json() != {"status": "ready"}:
+            assert time.monotonic() < until
+        assert client.post("/predict", content=png()).status_code == 200
+        assert client.get("/livez").json() == {"status": "live"}
+
+
+def test_no_request_is_the_first_at_a_depth_and_batch_size(predictor, monkeypatch):
+    """All have run before, on the same thread."""
+    runs, run = [], predictor_module.run_timed
+
+    def recorded(view, images):
+        depth = next(name for name, other in predictor._views.items() if other is view)
+        runs.append((depth, tuple(images.shape), threading.get_ident()))
+        return run(view, images)
+
+    monkeypatch.setattr(predictor_module, "run_timed", recorded)
+    with serving_client(predictor, budget_ms=60_000, max_batch_size=3) as client:
+        before = set(runs)
+        runs.clear()
+        with ThreadPoolExecutor(8) as pool:
+            for query in ("", "?depth=d4", "?budget_ms=1e-6"):
+                paths = [f"/predict{query}"] * 8
+                list(pool.map(lambda path: client.post(path, content=png()), paths))
+    shapes = {(size, 1, 8, 8) for size in (1, 2, 3)}
+    assert {run[:2] for run in before} == {(d, s) for d in predictor.depths for s in shapes}
+    assert {depth for depth, *_ in runs} == {"d7", "d4", "d0"}
+    assert set(runs) <= before
+
+
+def test_no_request_reads_the_first_image(predictor, monkeypatch):
+    """Pillow imports its plugins for the first image."""
+    calls, open_image = [], Image.open
+
+    def recorded(*args, **kwargs):
+        calls.append(args)
+        return open_image(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", recorded)
+    with serving_client(predictor):
+        assert calls
 
 
 def samples(client):
@@ -195,18 +342,34 @@ def test_metrics(client, predictor):
     assert 0 < metrics['teamnet_latency_seconds_sum{depth="d4"}'] < 60
     assert metrics["teamnet_batch_size_count"] == 3
     assert metrics["teamnet_waiting"] == 0
+    assert metrics["teamnet_last_output_finite"] == 1
     assert metrics["teamnet_slowdown"] == pytest.approx(predictor.controller.slowdown)
 
 
-@pytest.mark.fault("a dead inference thread", "`/health` answers 503.")
-def test_health_after_the_inference_thread_has_died(predictor, monkeypatch):
-    async def run(_):
-        raise RuntimeError
+@pytest.mark.fault(
+    "a net that cannot be loaded, or a dead inference thread",
+    "`/readyz` answers 503, and the server ends with the error.",
+)
+@pytest.mark.parametrize("ends", ["load", "run"])
+def test_a_server_without_a_net_ends(predictor, monkeypatch, ends):
+    def load():
+        if ends == "load":
+            raise TeamNetError("no net")
+        return predictor
 
-    monkeypatch.setattr("teamnet_pl.deploy.serving.batcher.Batcher.run", run)
-    with TestClient(Server(predictor).app()) as client:
-        response = client.get("/health")
-    assert (response.status_code, response.json()["status"]) == (503, "failed")
+    async def run(_):
+        raise TeamNetError("no net")
+
+    monkeypatch.setattr(Batcher, "run", run)
+    with TestClient(Server(load).app()) as client:
+        until = time.monotonic() + 60
+        while (response := client.get("/readyz")).json() != {"status": "failed"}:
+            assert time.monotonic() < until
+        assert response.status_code == 503
+        assert client.post("/predict", content=png()).status_code == 503
+        assert client.get("/livez").status_code == 200
+    with module.listen("127.0.0.1", 0) as listener, pytest.raises(TeamNetError, match="no net"):
+        module.run(Server(load), listener)
 
 
 @pytest.mark.fault(
@@ -243,48 +406,21 @@ def test_overload(client, monkeypatch):
     assert samples(client)['teamnet_requests_total{status="503"}'] == 1
 
 
-def answer_to(app, receive):
-    """The status and the error in answer to a POST whose body `receive` delivers."""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/predict",
-        "query_string": b"",
-        "headers": [],
-    }
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(app(scope, receive, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])["error"]
-
-
 @pytest.mark.fault(
     "a request body that does not arrive", "The server answers 408 after ten seconds."
 )
 def test_a_body_that_does_not_arrive(predictor, monkeypatch):
     monkeypatch.setattr(module, "BODY_TIMEOUT_S", 0.05)
 
-    async def receive():
-        await asyncio.sleep(60)
-
-    status, error = answer_to(Server(predictor).app(), receive)
-    assert (status, error) == (408, "The body did not arrive within 0.05 s.")
+    answer = answer_to(ready_app(predictor), body=None)
+    assert answer.status_code == 408
+    assert answer.json() == {"error": "The body did not arrive within 0.05 s."}
 
 
 @pytest.mark.fault("a request body that ends too early", "The server answers 400.")
 def test_a_body_that_ends_too_early(predictor):
-    messages = iter([{"type": "http.request", "body": b"P", "more_body": True}])
-
-    async def receive():
-        return next(messages, {"type": "http.disconnect"})
-
-    status, error = answer_to(Server(predictor).app(), receive)
-    assert (status, error) == (400, "The body ended too early.")
+    answer = answer_to(ready_app(predictor), body=b"P")
+    assert (answer.status_code, answer.json()) == (400, {"error": "The body ended too early."})
 
 
 @pytest.mark.parametrize(
@@ -293,12 +429,13 @@ def test_a_body_that_ends_too_early(predictor):
         ({"budget_ms": 0}, "budget_ms must be a positive"),
         ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
         ({"max_body_bytes": 0}, "max_body_bytes must be at least 1"),
+        ({"max_images": 0}, "max_images must be at least 1"),
         ({"max_pixels": -1}, "max_pixels must be at least 1"),
     ],
 )
 def test_options_out_of_range(predictor, options, message):
     with pytest.raises(ValueError, match=message):
-        Server(predictor, **options)
+        Server(lambda: predictor, **options)
 
 
 # Real sockets
@@ -317,9 +454,13 @@ def serving(predictor, monkeypatch):
     monkeypatch.setattr(uvicorn, "Server", Recorded)
     listener = module.listen("127.0.0.1", 0)
     address = listener.getsockname()
-    app = Server(predictor, budget_ms=60_000).app()
-    thread = threading.Thread(target=module.run, args=(app, listener))
+    server = Server(lambda: predictor, budget_ms=60_000)
+    thread = threading.Thread(target=module.run, args=(server, listener))
     thread.start()
+    until = time.monotonic() + 60
+    while server.batcher is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
     with contextlib.ExitStack() as connections:
         yield lambda: connections.enter_context(socket.create_connection(address, timeout=30))
     servers[0].should_exit = True
@@ -334,7 +475,7 @@ def status(connection):
     return int(line.split()[1]) if line else None
 
 
-HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+HEALTH = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
 UNFINISHED = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nP"
 
 
@@ -349,7 +490,7 @@ def test_headers_that_do_not_arrive(serving, monkeypatch, before):
         connection.sendall(before)
         assert status(connection) == 200
     begin = time.monotonic()
-    connection.sendall(b"GET /health HTTP/1.1\r\n")
+    connection.sendall(b"GET /livez HTTP/1.1\r\n")
     with contextlib.suppress(ConnectionError):  # each byte is in time, but the whole is not
         for _ in range(100):
             connection.sendall(b"a")
@@ -377,7 +518,7 @@ def test_the_timeout_of_the_headers_ends_with_them(serving, monkeypatch):
 
 
 @pytest.mark.fault(
-    "more requests at once than are allowed", "The server answers 503; `/health` still answers."
+    "more requests at once than are allowed", "The server answers 503; `/livez` still answers."
 )
 def test_health_at_the_limit(serving, monkeypatch):
     monkeypatch.setattr(module, "MAX_REQUESTS", 2)
@@ -411,19 +552,9 @@ def test_health_at_the_limit(serving, monkeypatch):
 def process(checkpoint, tmp_path_factory):
     """The port, the process and the log file of a server."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ["serve", "--ckpt_path", checkpoint, "--port", 0, "--budget_ms", 60000]
-    with open(log, "w") as file:
-        server = subprocess.Popen(teamnet_command(*words), stderr=file)
-    try:
-        until = time.monotonic() + 120
-        while not (match := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.1)
-        yield int(match[1]), server, log
-    finally:
-        server.kill()
-        server.wait()
+    words = ["--ckpt_path", checkpoint, "--budget_ms", 60000]
+    with server_process(log, *words) as (address, server):
+        yield int(address.rpartition(":")[2]), server, log
 
 
 @pytest.mark.fault(
@@ -467,6 +598,27 @@ def test_a_process_survives_hostile_requests(process, team):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_commands_of_the_page_are_answered(process, pytestconfig, team, tmp_path):
+    port = process[0]
+    images = {"digit.png": png(), "another.png": png(1)}
+    for name, content in images.items():
+        (tmp_path / name).write_bytes(content)
+    page = (pytestconfig.rootpath / "docs/deploy.md").read_text()
+    commands = re.findall(r"^curl .*127\.0\.0\.1:8000.*$", page, re.MULTILINE)
+    answers = []
+    for command in commands:
+        words = ["-sS", *shlex.split(command.replace(":8000", f":{port}"))[1:]]
+        answers.append(json.loads(subprocess.check_output(["curl", *words], cwd=tmp_path)))
+    one, form = answers
+    predictions = [one, *form["predictions"]]
+    for prediction, content in zip(predictions, [png(), png(), png(1)], strict=True):
+        expected = probabilities(team, prediction["depth"], content)
+        assert prediction["probabilities"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert [prediction["file"] for prediction in predictions[1:]] == list(images)
+
+
 @pytest.mark.fault(
     "SIGTERM to a server during a request", "The server answers the request and then exits."
 )
@@ -488,16 +640,14 @@ def test_a_process_answers_its_requests_before_it_ends(process):
 
 
 def test_an_output_that_is_not_finite_is_an_error(client, predictor, monkeypatch):
-    assert client.get("/health").json()["status"] == "ok"
     view = predictor._views["d4"]
     broken = torch.nn.Sequential(view, torch.nn.Threshold(torch.inf, torch.nan))
     monkeypatch.setitem(predictor._views, "d4", broken)
     response = client.post("/predict?depth=d4", content=png())
     assert response.status_code == 500
-    health = client.get("/health")
-    assert health.status_code == 503
-    assert health.json()["status"] == "the last output is not finite"
+    assert samples(client)["teamnet_last_output_finite"] == 0
+    assert client.get("/readyz").status_code == 200  # an image may be the reason
     with pytest.raises(NonFiniteError, match="output at d4 is not finite"):
         predictor.predict(png(), depth="d4")
     assert client.post("/predict?depth=d7", content=png()).status_code == 200
-    assert client.get("/health").json()["status"] == "ok"
+    assert samples(client)["teamnet_last_output_finite"] == 1
