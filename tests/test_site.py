@@ -64,7 +64,8 @@ def site(pytestconfig, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(pytestconfig.rootpath / "docs", folder / "docs")
     shutil.copy(pytestconfig.rootpath / "mkdocs.yml", folder)
-    (folder / "teamnet_pl").symlink_to(Path(teamnet_pl.__file__).parent)
+    package, caches = Path(teamnet_pl.__file__).parent, shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / "teamnet_pl", ignore=caches)
     words = [sys.executable, "-m", "zensical", "build", "--strict"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     output = done.stdout + done.stderr
