@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def measure() -> Iterator[Row]:
 
 
 def table() -> str:
-    """Tabulates the faults, each with a link to its test."""
+    """Tabulates the faults, each with a link to its test in the repository."""
+    source = re.search(r'^Source = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert source
     rows = [
-        [row["fault"], row["outcome"], f"[{row['test']}](../{row['file']})"] for row in measure()
+        [row["fault"], row["outcome"], f"[{row['test']}]({source[1]}/blob/main/{row['file']})"]
+        for row in measure()
     ]
     return markdown(["fault", "outcome", "test"], rows)

@@ -100,7 +100,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's default writes to the temporary folder of the system and copies over the old file.
     The command line uses this class; a `Trainer` takes it as a plugin.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], accelerator="cpu", logger=False)
     """

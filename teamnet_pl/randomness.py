@@ -21,7 +21,7 @@ def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[Non
         seed: The seed, from 0 to 2**64 - 1; ``None`` to leave the generators alone.
         device: A device on which to seed torch besides the CPU, if it is a CUDA device.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> def draw():
         ...     return torch.rand(()).item(), np.random.rand(), random.random()

@@ -52,7 +52,7 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The settings, in the form of the config.
 
-    Example:
+    Examples:
         >>> run_settings({"test_after_fit": True, "trainer": {"max_epochs": 3, "logger": "X"}})
         {'test_after_fit': True, 'trainer': {'max_epochs': 3}}
     """

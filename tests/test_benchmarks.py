@@ -55,7 +55,7 @@ def test_the_fault_table_has_a_row_for_each_marker(pytestconfig):
         for path in tests.rglob("test_*.py")
     )
     page = (pytestconfig.rootpath / "docs/faults.md").read_text()
-    assert markers == page.count("](../tests/") > 50
+    assert markers == page.count("/blob/main/tests/") > 50
 
 
 def test_each_script_measures_and_makes_its_table(benchmark, pytestconfig):
@@ -390,6 +390,7 @@ def test_compatibility_of_all(script, tmp_path, pytestconfig):
 
 @pytest.mark.slow
 @pytest.mark.fault("a run is killed at a random moment", "it resumes to the same weights and log")
+@pytest.mark.posix
 def test_kills(script, tmp_path):
     out = tmp_path / "kills.json"
     settings = ["plain", "2 workers", "mixup", "EMA", "SWA"]
@@ -405,6 +406,7 @@ def test_kills(script, tmp_path):
     "mutated checkpoints, Hub folders, profiles and reports, with hostile names and values",
     "nothing they name runs; taken, or refused by a sentence that names the file",
 )
+@pytest.mark.posix
 def test_fuzzing(script, tmp_path):
     out = tmp_path / "out.json"
     done = script("fuzz.py", "--seconds", 15, "--seed", 1, "--out", out)

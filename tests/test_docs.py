@@ -16,11 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from teamnet_pl import Team, cooperation
 from teamnet_pl.cooperation import Cooperation, Transfer, TransferKind
+from tests.helpers.pages import code_blocks
 from tests.helpers.teams import make_trainer
-
-
-def code_blocks(page) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def table_under(pytestconfig, heading, first):
@@ -113,7 +110,7 @@ def parts(pytestconfig, tmp_path_factory):
         patch.chdir(folder)
         before = None
         for block in code_blocks(pytestconfig.rootpath / "docs/parts.md"):
-            exec(compile(block, "parts.md", "exec"), names)
+            exec(compile(block.text, "parts.md", "exec"), names)
             if "optimizer" in names and before is None:
                 before = [parameter.clone() for parameter in names["nets"].parameters()]
     names["before"] = before
@@ -122,10 +119,9 @@ def parts(pytestconfig, tmp_path_factory):
 
 @pytest.mark.parametrize("marker", ["criterion(logits, labels", "class MyTeam"])
 def test_loss_and_metrics_take_at_most_ten_lines(pytestconfig, marker):
-    (block,) = [
-        block for block in code_blocks(pytestconfig.rootpath / "docs/parts.md") if marker in block
-    ]
-    assert len([line for line in block.splitlines() if line]) <= 10
+    blocks = code_blocks(pytestconfig.rootpath / "docs/parts.md")
+    (text,) = [block.text for block in blocks if marker in block.text]
+    assert len([line for line in text.splitlines() if line]) <= 10
 
 
 def test_the_plain_loop_trains_all_members(parts):

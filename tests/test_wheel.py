@@ -86,7 +86,7 @@ def declared(wheel):
             if (requirement.marker is None and extra == "")
             or (requirement.marker and extra and requirement.marker.evaluate({"extra": extra}))
         }
-        for extra in extras - {"test", "dev"}
+        for extra in extras - {"dev", "docs", "test"}
     }
 
 

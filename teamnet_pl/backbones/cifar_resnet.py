@@ -26,7 +26,7 @@ class CifarResNet(nn.Module):
 
     Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), § 4.2.
 
-    Example:
+    Examples:
         >>> net = CifarResNet(20, num_classes=10)
         >>> net(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])

@@ -84,7 +84,7 @@ def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) 
             weights do not fit it.
         FileNotFoundError: If the file with weights does not exist.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = create_backbone(BackboneConfig("timm/resnet18"), num_classes=7, in_channels=1)
         >>> net(torch.randn(2, 1, 64, 64)).shape

@@ -46,7 +46,7 @@ class WideResNet(nn.Module):
 
     Source: Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146).
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = WideResNet(16, 4, num_classes=10)
         >>> net(torch.randn(2, 3, 32, 32)).shape

@@ -49,7 +49,7 @@ class EarlyExitNet(BaselineNet):
     Source: Kaya et al., "Shallow-Deep Networks" (arXiv 1810.07052), for exits at shares of the
         cost; Zhang et al., "Be Your Own Teacher" (arXiv 1905.08094), for their convolutions.
 
-    Example:
+    Examples:
         >>> import torch, torchvision
         >>> net = EarlyExitNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> net.exits
@@ -234,7 +234,7 @@ def nearest_in_order(values: Sequence[float], targets: Sequence[float]) -> list[
         values: At least as many as targets.
         targets: In the order of the values.
 
-    Example:
+    Examples:
         >>> nearest_in_order([10, 20, 30, 40], [12, 13, 90])
         [0, 1, 3]
         >>> nearest_in_order([10, 20, 30], [90, 95, 99])  # leaves one for each that follows

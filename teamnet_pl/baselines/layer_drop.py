@@ -33,7 +33,7 @@ class LayerDropNet(BaselineNet):
     Source: Fan et al., "Reducing Transformer Depth on Demand with Structured Dropout" (arXiv
         1909.11556); Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
 
-    Example:
+    Examples:
         >>> import torch, torchvision
         >>> net = LayerDropNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> images = torch.randn(2, 3, 32, 32)

@@ -27,7 +27,7 @@ class SeparateNets(BaselineNet):
     Attributes:
         shallower: The nets of the other depths by name.
 
-    Example:
+    Examples:
         >>> import torch, torchvision
         >>> net = SeparateNets(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> list(net.shallower)

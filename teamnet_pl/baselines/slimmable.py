@@ -51,7 +51,7 @@ class SlimmableNet(BaselineNet):
 
     Source: Yu et al., "Slimmable Neural Networks" (arXiv 1812.08928).
 
-    Example:
+    Examples:
         >>> import torch, torchvision
         >>> net = SlimmableNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> {depth: round(width, 2) for depth, width in net.widths.items()}

@@ -37,7 +37,7 @@ GROUPS = (
 def close_names(name: str, names: Collection[str]) -> str:
     """Writes a question about the names that may have been meant; empty if there are none.
 
-    Example:
+    Examples:
         >>> close_names("fti", ["fit", "test"])
         'Did you mean fit?'
     """

@@ -19,7 +19,7 @@ class TransferKind(ABC):
     A kind of your own is a frozen dataclass that derives from this class. Its fields are its
     options, on the command line, in YAML and in checkpoints.
 
-    Example:
+    Examples:
         >>> @dataclass(frozen=True)
         ... class MeanSquaredError(TransferKind):
         ...     scale: float = 1.0
@@ -189,7 +189,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531).
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits = torch.randn(4, 10)
         >>> distillation_loss(logits, logits, temperature=2.0).item()

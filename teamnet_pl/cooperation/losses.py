@@ -72,7 +72,7 @@ class CooperativeLoss(nn.Module):
         TeamNetError: If the label smoothing is out of range, a transfer does not fit the members,
             or nothing teaches a depth.
 
-    Example:
+    Examples:
         >>> from teamnet_pl.cooperation import TeacherEdge
         >>> cooperation = Cooperation(leader=TeacherEdge(0.9, students="deepest"))
         >>> criterion = CooperativeLoss({"a": ["d2", "d0"]}, cooperation, leader=True)
@@ -288,7 +288,7 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         The mean over the batch, a scalar.
 
-    Example:
+    Examples:
         >>> feature_loss(torch.zeros(2, 3), torch.full((2, 3), 5.0))
         tensor(1.)
     """
@@ -310,7 +310,7 @@ def weighted_average(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     Source: the weights of each image follow Zhang et al., "Confidence-Aware Multi-Teacher Knowledge
     Distillation" (arXiv 2201.00007), which has another function of the same cross-entropies.
 
-    Example:
+    Examples:
         >>> right, wrong = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
         >>> weighted_average([right, wrong], torch.tensor([0])).softmax(dim=-1).argmax().item()
         0

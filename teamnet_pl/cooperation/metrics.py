@@ -91,7 +91,7 @@ def member_metrics(num_classes: int) -> nn.ModuleDict:
     Args:
         num_classes: Number of classes; with five or fewer there is no ``accuracy_top5``.
 
-    Example:
+    Examples:
         >>> metrics = member_metrics(3)
         >>> probabilities = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.5, torch.nan]])
         >>> metrics["accuracy"].update(probabilities[:1], torch.tensor([0]))
@@ -119,7 +119,7 @@ class TeamMetrics(nn.Module):
         leader: The Leader, if there is one.
         num_classes: Number of classes.
 
-    Example:
+    Examples:
         >>> import torchvision
         >>> from teamnet_pl.elastic import ElasticNet
         >>> net = ElasticNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=2)

@@ -229,7 +229,7 @@ class ScheduleConfig:
     def member_factor(self, step: int, steps: int, is_leader: bool) -> float:
         """Returns the learning rate of the Leader or of the Teammates as a share of the peak.
 
-        Example:
+        Examples:
             >>> config = ScheduleConfig(warmup=0.0, leader_alone=0.5, leader_finish=0.5)
             >>> [round(config.member_factor(step, 8, is_leader=True), 2) for step in range(8)]
             [1.0, 0.85, 0.5, 0.15, 0.0, 0.0, 0.0, 0.0]
@@ -245,7 +245,7 @@ class ScheduleConfig:
     def factor(self, step: int, steps: int) -> float:
         """Returns the learning rate at a step as a share of the peak.
 
-        Example:
+        Examples:
             >>> [round(ScheduleConfig(warmup=0.5).factor(step, 8), 2) for step in range(9)]
             [0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
         """

@@ -116,7 +116,7 @@ class Team(LightningModule):
     Source: Fang, Bradford, Kim, "Cooperative Learning for Cost-Adaptive Inference"
     (arXiv 2312.08532).
 
-    Example:
+    Examples:
         >>> team = Team(num_classes=10, input_shape=(1, 8, 8), a=TeammateConfig(depths=3), b=None)
         >>> sorted(team(torch.randn(2, 1, 8, 8)))
         ['a/d0', 'a/d4', 'a/d7', 'leader']

@@ -149,7 +149,7 @@ def depths_of_step(
         The deepest and the shallowest depth that have joined and the drawn ones between them, the
         deepest first.
 
-    Example:
+    Examples:
         >>> from teamnet_pl.elastic import derive_depths
         >>> depths = derive_depths([4], 5)
         >>> config = TeammateConfig(sampled_depths=1, progressive=0.4)

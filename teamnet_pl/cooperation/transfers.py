@@ -23,7 +23,7 @@ def ramp_factor(share: float, progress: float) -> float:
         share: 0 to 1; 0 for a loss with its whole weight from the start.
         progress: Share of the training that is done, this step included.
 
-    Example:
+    Examples:
         >>> ramp_factor(0.5, 0.25)
         0.5
     """
@@ -33,7 +33,7 @@ def ramp_factor(share: float, progress: float) -> float:
 def progress_since(start: float, progress: float) -> float:
     """Converts the progress of a training to that of its part from a share of it on, at least 0.
 
-    Example:
+    Examples:
         >>> progress_since(0.5, 0.75)
         0.5
     """
@@ -231,7 +231,7 @@ class Cooperation:
             TeamNetError: If an extra transfer or a factor names an unknown member, a transfer has a
                 member teach itself or repeats another one.
 
-        Example:
+        Examples:
             >>> cooperation = Cooperation(leader=TeacherEdge(0.9), peer=PeerEdge(0.1))
             >>> for transfer in cooperation.transfers({"a": ["d2", "d0"], "b": ["d2"]}, True):
             ...     print(transfer)

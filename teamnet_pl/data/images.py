@@ -221,7 +221,7 @@ def bits_needed(largest: int | None) -> int:
     Args:
         largest: The largest value of images with 16 bits; ``None`` without such images.
 
-    Example:
+    Examples:
         >>> [bits_needed(largest) for largest in (None, 200, 1023, 1024, 4095, 9000, 60000)]
         [16, 8, 10, 12, 12, 14, 16]
     """

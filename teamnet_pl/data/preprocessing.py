@@ -109,7 +109,7 @@ def describe_transform(transform: object) -> dict[str, Any]:
     Raises:
         TeamNetError: If an argument is missing among the attributes, or is not a plain value.
 
-    Example:
+    Examples:
         >>> describe_transform(v2.CenterCrop(8))
         {'class_path': 'torchvision.transforms.v2.CenterCrop', 'init_args': {'size': [8, 8]}}
     """

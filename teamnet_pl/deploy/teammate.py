@@ -107,7 +107,7 @@ class Teammate(
         TeamNetError: If there is no such backbone, it cannot be made elastic or has no such
             depths, or there is not one name for each class.
 
-    Example:
+    Examples:
         >>> net = Teammate(10, (1, 8, 8), TeammateConfig(depths=[7, 3]))
         >>> [(record.name, record.macs) for record in net.records()]
         [('d7', 2532992), ('d3', 1353344)]

@@ -46,7 +46,7 @@ class Depth:
 def format_stages(blocks_per_stage: Sequence[int]) -> str:
     """Writes the number of blocks that a depth keeps in each stage.
 
-    Example:
+    Examples:
         >>> format_stages((3, 2, 0))
         '3-2-0'
     """
@@ -70,7 +70,7 @@ def drop_order(stages: Sequence[int], policy: DepthPolicy) -> list[int]:
     Raises:
         TeamNetError: If the policy is unknown.
 
-    Example:
+    Examples:
         >>> drop_order([2, 2], "round_robin")
         [3, 1, 2, 0]
         >>> drop_order([6], "evenly_spread")
@@ -132,7 +132,7 @@ def derive_depths(
         TeamNetError: If the depths are fewer than two, repeat, are not nested, do not fit the
             stages or do not include the whole net.
 
-    Example:
+    Examples:
         >>> [d.name for d in derive_depths([9], 4)]
         ['d9', 'd6', 'd3', 'd0']
         >>> [d.name for d in derive_depths([9], 4, interleaved=True)]

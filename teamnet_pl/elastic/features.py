@@ -47,7 +47,7 @@ def recorded(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
 def modules_named(net: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Lists the modules of a net whose name fits one of some patterns, such as ``layer?``.
 
-    Example:
+    Examples:
         >>> import torchvision
         >>> modules_named(torchvision.models.resnet18(), ["layer?", "fc"])
         ['layer1', 'layer2', 'layer3', 'layer4', 'fc']
@@ -69,7 +69,7 @@ class DepthFeatures:
     Raises:
         TeamNetError: If there is no such module.
 
-    Example:
+    Examples:
         >>> import torchvision
         >>> net = ElasticNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> features = DepthFeatures(net, ["layer4"])

@@ -67,7 +67,7 @@ class ElasticNet(AdaptiveNet):
         TeamNetError: If the backbone has no skippable blocks, couples the samples of a batch around
             them, or is elastic already; or if the depths do not fit it.
 
-    Example:
+    Examples:
         >>> import torch, torchvision
         >>> net = ElasticNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> [(depth.name, depth.per_stage) for depth in net.depths]

@@ -168,6 +168,7 @@ def test_only_last_is_saved_within_an_epoch(cli, capsys, tmp_path, option):
 
 
 @pytest.mark.fault("a kill while a checkpoint is written", "The previous file stays intact.")
+@pytest.mark.posix
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "best.ckpt"
     torch.save({"old": 1}, path)
@@ -190,6 +191,7 @@ AtomicCheckpointIO().save_checkpoint({{"new": torch.zeros(10000)}}, {str(path)!r
     "a full disk while a checkpoint is written",
     "The previous file stays intact, and an error reports the failure.",
 )
+@pytest.mark.posix
 def test_a_full_disk(cli, tmp_path):
     """Stands in for a full disk: a limit on the size of files, at which writing fails too."""
     cli(tmp_path, "fit")
@@ -266,6 +268,7 @@ def stopped(cli, folder, number, *options, launcher=(), target=lambda process: p
     "SIGTERM or Ctrl-C during training", "`last.ckpt` is saved; the exit status is 143 or 130."
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.posix
 def test_a_signal_saves_last(cli, tmp_path, number):
     code, output = stopped(cli, tmp_path, number)
     assert code == 128 + number
@@ -280,6 +283,7 @@ def test_a_signal_saves_last(cli, tmp_path, number):
     "Both stop after the same step; the exit status is 143 or 130.",
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.posix
 def test_two_processes_stop_together(cli, tmp_path, number):
     options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     code, output = stopped(cli, tmp_path, number, *options)
@@ -289,6 +293,7 @@ def test_two_processes_stop_together(cli, tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_two_processes_stop_after_a_signal_before_training(cli, tmp_path):
     """A signal to the first process alone, during the sanity check before training."""
     (tmp_path / "early.py").write_text(
@@ -310,6 +315,7 @@ def test_two_processes_stop_after_a_signal_before_training(cli, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_torchrun(cli, tmp_path):
     options = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
@@ -321,6 +327,7 @@ def test_torchrun(cli, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.posix
 def test_a_signal_outside_training(cli, tmp_path, number):
     """There is nothing to save, but the exit status reports the signal."""
     cli(tmp_path, "fit")

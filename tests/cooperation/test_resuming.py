@@ -242,6 +242,7 @@ def test_a_new_number_of_steps_is_applied():
     assert schedule.get_last_lr()[0] == pytest.approx(0.05 * (1 + np.cos(np.pi / 4)))
 
 
+@pytest.mark.posix  # symbolic links
 @pytest.mark.parametrize("kind", ["last", "best"])
 def test_the_newest_checkpoint_is_found(cli, stopped, tmp_path, monkeypatch, kind):
     (tmp_path / "logs").symlink_to(stopped / "logs")

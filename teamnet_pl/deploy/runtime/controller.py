@@ -49,7 +49,7 @@ class DepthController:
     Raises:
         TeamNetError: If there is no depth, or `headroom` or `wait_s` is out of range.
 
-    Example:
+    Examples:
         >>> controller = DepthController(["d7", "d0"], lambda depth, n: n * int(depth[1:]) + 2)
         >>> controller.choose(budget_ms=15)  # nothing is known about this machine yet
         'd0'

@@ -93,7 +93,7 @@ class Predictor:
         TeamNetError: If the net has no such depth, its weights or outputs are not finite, the
             profile is of another net or device, or a batch size is not positive.
 
-    Example:
+    Examples:
         >>> import torchvision
         >>> net = ElasticNet(torchvision.models.resnet18(num_classes=10), (3, 32, 32), depths=3)
         >>> predictor = Predictor(net, Preprocessing((3, 32, 32), [0.5] * 3, [0.25] * 3))

@@ -49,7 +49,7 @@ class Preprocessing:
         TeamNetError: If an argument is out of range, or mean and std do not have one value for
             each channel.
 
-    Example:
+    Examples:
         >>> preprocessing = Preprocessing((1, 8, 8), mean=[0.5], std=[0.5])
         >>> batch = preprocessing(np.full((8, 8), 255, dtype=np.uint8))
         >>> batch.shape, batch.unique()
