@@ -46,6 +46,7 @@ from harness import (
     with_source,
 )
 from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
 
 from teamnet_pl.callbacks.depth_report import team_report
 from teamnet_pl.cli.training import TeamArgumentParser, TeamCLI
@@ -298,16 +299,36 @@ def table(result: Result) -> str:
     return with_source(markdown(header, lines), result)
 
 
-def figure(result: Result, path: Path, nets: Sequence[str] = ("a",)) -> None:
+def summary(result: Result) -> str:
+    """Makes a short table: accuracy per depth of Teammate a, or of the only net."""
+    by_method: dict[str, list[list[Row]]] = defaultdict(list)
+    rows = [row for row in chosen_rows(result) if row["net"] == "a"]
+    for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows):
+        depths = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+        by_method[method].append(sorted(depths, key=lambda row: -row["macs"]))
+    lines = []
+    for method, runs in by_method.items():
+        by_rank = [[100 * row["test"] for row in depth] for depth in zip(*runs, strict=True)]
+        cells = [mean_and_deviation(values) for values in by_rank] + [""] * (4 - len(by_rank))
+        mean = mean_and_deviation([100 * mean_of(run, "test") for run in runs])
+        nll = statistics.mean(mean_of(run, "test_nll") for run in runs)
+        lines.append([title(method), *cells, mean, f"{nll:.2f}"])
+    header = ["method", "deepest", "2nd", "3rd", "4th", "mean", "NLL"]
+    return with_source(markdown(header, lines), result)
+
+
+def title(method: str) -> str:
+    """Writes the name of a method for readers."""
+    return method.removeprefix("baseline/").replace("_", " ")
+
+
+def draw(result: Result, nets: Sequence[str] = ("a",)) -> Figure:
     """Draws accuracy against MACs of all methods, with the deviation over the seeds.
 
     Args:
         result: The result.
-        path: File of the picture.
         nets: The nets to draw of each method.
     """
-    from matplotlib.figure import Figure
-
     points: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in chosen_rows(result):
         if row["net"] in nets:
@@ -323,14 +344,14 @@ def figure(result: Result, path: Path, nets: Sequence[str] = ("a",)) -> None:
             [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
             linewidth=2.5 if method == "team" else 1.2,
             capsize=3,
-            label=method.removeprefix("baseline/").replace("_", " "),
+            label=title(method),
             **series_style(index),
         )
     label_macs(axes)
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
     add_legend(picture, axes)
-    picture.savefig(path, dpi=150)
+    return picture
 
 
 def main() -> None:
@@ -387,7 +408,7 @@ def main() -> None:
             file.add(run.result())
             print(*runs[run], "done", flush=True)
     if args.figure:
-        figure(load_result(args.out), Path(args.figure))
+        draw(load_result(args.out)).savefig(args.figure, dpi=130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import accuracy
 import faults
 import package_files
 from harness import RESULTS, load_result
@@ -30,6 +31,8 @@ def table(name: str) -> str:
             return package_files.report_table(path)
         case "profile":
             return package_files.profile_table(path)
+        case short if short.endswith("_summary"):
+            return accuracy.summary(load_result(RESULTS / f"{short.removesuffix('_summary')}.json"))
     result = load_result(path)
     script = Path(result["command"].split()[1])  # python SCRIPT ...
     text: str = importlib.import_module(script.stem).table(result)

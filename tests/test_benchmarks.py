@@ -178,6 +178,9 @@ def test_the_table_pairs_each_method_with_nets_apart(benchmark):
     assert (
         "| baseline/apart | a | 0.1 | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  | 25.0 ± 0.0 | +0.0" in lines[3]
     )
+    short = accuracy.summary(result).splitlines()
+    assert short[2] == "| team | 37.5 ± 3.5 | 27.5 ± 3.5 |  |  | 32.5 ± 3.5 | 2.00 |"
+    assert short[3] == "| apart | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  | 25.0 ± 0.0 | 2.00 |"
 
 
 @pytest.mark.slow
@@ -435,19 +438,12 @@ def test_the_picture_of_the_load_has_the_refused_requests(benchmark, pytestconfi
     assert all("1/s" in axes.get_xlabel() for axes in figure.axes)
 
 
-def test_the_picture_of_accuracies_has_error_bars_over_seeds(benchmark, tmp_path, monkeypatch):
+def test_the_picture_of_accuracies_has_error_bars_over_seeds(benchmark):
     rows = []
     for seed, test in enumerate((0.4, 0.6)):  # in validation twice as much
         rows += [result_row("team", seed, 0.1, 2 * test, "d7") | {"macs": 2_000_000}]
         rows += [result_row("team", seed, 0.1, 2 * test, "d0") | {"macs": 1_000_000}]
-    drawn = []
-
-    def keep(figure, *_, **__):
-        drawn.append(figure)
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
-    benchmark("accuracy").figure({"rows": rows}, tmp_path / "picture.png")
-    (axes,) = drawn[0].axes
+    (axes,) = benchmark("accuracy").draw({"rows": rows}).axes
     (bars,) = axes.containers[0].lines[2]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     deviation = 200**0.5  # of 40 and 60 %
