@@ -137,8 +137,8 @@ class Board(ABC, Generic[LoggerT]):
     def show_history(self, history: History, nets: Iterable[str], step: int) -> None:
         """Shows all depths of each Teammate over the epochs so far."""
 
-    def finish_history(self, history: History, step: int) -> None:
-        """Shows the best values of a run that ends."""
+    def show_best(self, history: History, step: int) -> None:
+        """Shows the best values of a run."""
 
     @abstractmethod
     def show(self, evaluation: Evaluation, step: int) -> None:
@@ -187,7 +187,7 @@ class WandbBoard(Board[WandbLogger]):
         """Shows a chart for each Teammate."""
         from wandb.plot import line_series
 
-        charts = {
+        charts: dict[str, Any] = {
             f"depths/{net}": line_series(
                 history.epochs,
                 list(history.of_net(net).values()),
@@ -206,7 +206,8 @@ class WandbBoard(Board[WandbLogger]):
         from wandb.plot import line
         from wandb.plot.custom_chart import plot_table
 
-        split, shown = evaluation.split, {}
+        split = evaluation.split
+        shown: dict[str, Any] = {}
         rows = [asdict(row) for row in evaluation.report.rows]
         for row in rows:
             row["blocks_per_stage"] = format_stages(row["blocks_per_stage"] or ())
@@ -224,7 +225,11 @@ class WandbBoard(Board[WandbLogger]):
         shares = [[name, *of.values()] for name, of in evaluation.agreement.items()]
         shown[f"agreement/{split}"] = Table(["member", *evaluation.agreement], shares)
         shown[f"agreement/{split}_picture"] = Image(_image(agreement_figure(evaluation)))
-        columns = ["Actual", "Predicted", "nPredictions"]  # as the chart of W&B names them
+        columns: list[str | int] = [
+            "Actual",
+            "Predicted",
+            "nPredictions",
+        ]  # as the chart of W&B names them
         for member, counts in evaluation.confusion.items():
             cells = [
                 [actual, predicted, number]
@@ -234,7 +239,7 @@ class WandbBoard(Board[WandbLogger]):
             shown[f"confusion_{split}/{member}"] = plot_table(
                 "wandb/confusion_matrix/v1",
                 Table(columns, cells),
-                {column: column for column in columns},
+                {str(column): column for column in columns},
                 {"title": f"{member}: {split} images by true and predicted class"},
                 split_table=True,
             )
@@ -277,7 +282,7 @@ class TensorBoardBoard(Board[TensorBoardLogger]):
         layout = {CURVES: {title: ["Multiline", tags] for title, tags in charts.items()}}
         self.logger.experiment.add_custom_scalars(layout)
 
-    def finish_history(self, history: History, step: int) -> None:
+    def show_best(self, history: History, step: int) -> None:
         """Gives the page of hyper-parameters the best mean accuracy."""
         if getattr(self.logger, "_default_hp_metric", False):
             self.logger.log_metrics({"hp_metric": max(mean_accuracies(history))}, step)
@@ -291,7 +296,7 @@ class TensorBoardBoard(Board[TensorBoardLogger]):
 class MLflowBoard(Board[MLFlowLogger]):
     """MLflow: the best values as metrics, the data and pictures as artifacts."""
 
-    def finish_history(self, history: History, step: int) -> None:
+    def show_best(self, history: History, step: int) -> None:
         """Logs the best accuracies, and a picture of all."""
         best = {f"best/accuracy/{name}": max(values) for name, values in history.accuracies.items()}
         self.logger.log_metrics(best | {"best/accuracy/mean": max(mean_accuracies(history))}, step)
@@ -396,17 +401,17 @@ def matrix_figure(
     size = len(names)
     figure = Figure(figsize=(5 + size / 8, 4.5 + size / 8), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="viridis")
+    image = axes.imshow(values, cmap="viridis", vmin=0)
     axes.set_title(title)
     axes.set_xlabel(axes_names[0])
     axes.set_ylabel(axes_names[1])
     if size <= 20:
         axes.set_xticks(range(size), names, rotation=90)
         axes.set_yticks(range(size), names)
-        brightest = image.norm.vmax or 1.0
+        highest = max(max(line) for line in values)
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                color = "black" if value > 0.6 * brightest else "white"
+                color = "black" if value > 0.6 * highest else "white"
                 text = number.format(value)
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
     figure.colorbar(image)

@@ -168,7 +168,7 @@ class Dashboards(Callback):
             return
         accuracies = {
             name: float(trainer.callback_metrics[f"val/accuracy/{name}"])
-            for name in _team(pl_module).metrics["val"].names  # type: ignore[union-attr]
+            for name in _team(pl_module).metrics_of("val").names
         }
         self._history.add(_epochs(trainer), trainer.global_step, accuracies)
         # Each drawing holds all points: ever fewer of them, or they would add up to the square.
@@ -188,7 +188,6 @@ class Dashboards(Callback):
             self._draw(trainer, pl_module)
         report = self._show(trainer, pl_module, "val")
         for board in self._boards(trainer):
-            board.finish_history(self._history, trainer.global_step)
             if report is not None and board.takes_checkpoints:
                 for alias, path in _checkpoints(trainer).items():
                     board.keep_checkpoint(path, alias, self._metadata(path, report))
@@ -203,9 +202,8 @@ class Dashboards(Callback):
         shown, team = self._boards(trainer), _team(module)
         if not shown or f"{split}/accuracy/mean" not in trainer.callback_metrics:
             return None
-        metrics = team.metrics[split]
-        names: list[str] = metrics.names  # type: ignore[assignment, union-attr]
-        agreement, confusion = metrics.predictions.compute()  # type: ignore[operator, union-attr]
+        names = team.metrics_of(split).names
+        agreement, confusion = team.metrics_of(split).predictions.compute()
         report = team_report(team, trainer, split)
         evaluation = Evaluation(
             report,
@@ -219,6 +217,8 @@ class Dashboards(Callback):
         )
         for board in shown:
             board.show(evaluation, trainer.global_step)
+            if self._history.steps:
+                board.show_best(self._history, trainer.global_step)
         return report
 
     def _metadata(self, path: Path, report: Report) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -17,7 +18,7 @@ from teamnet_pl.cooperation import Team
 from teamnet_pl.cooperation.report import member_costs
 from teamnet_pl.settings import run_settings
 
-_LIBRARIES = ("lightning", "numpy", "timm", "torch", "torchmetrics", "torchvision")
+_LIBRARIES = ("lightning", "numpy", "timm", "torchmetrics", "torchvision")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -60,6 +61,7 @@ def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "teamnet_pl": __version__,
+        "torch": torch.__version__,  # with the version of CUDA
         **{library: version(library) for library in _LIBRARIES},
     }
 

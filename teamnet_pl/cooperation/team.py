@@ -390,7 +390,7 @@ class Team(LightningModule):
             *(
                 f"{split}/{name}"
                 for split in self.metrics
-                for name in self._split_metrics("val").value_names()
+                for name in self.metrics_of("val").value_names()
             ),
         ]
 
@@ -533,11 +533,11 @@ class Team(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts the counts anew that Lightning does not reset."""
-        self._split_metrics("val").predictions.reset()
+        self.metrics_of("val").predictions.reset()
 
     def on_test_epoch_start(self) -> None:
         """Starts the counts anew that Lightning does not reset."""
-        self._split_metrics("test").predictions.reset()
+        self.metrics_of("test").predictions.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measures all members on one batch; returns their probabilities, for callbacks."""
@@ -561,13 +561,14 @@ class Team(LightningModule):
 
     def _evaluate(self, split: EvaluatedSplit, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, target = batch
-        metrics, probabilities = self._split_metrics(split), self._probabilities(images)
+        metrics, probabilities = self.metrics_of(split), self._probabilities(images)
         metrics.update(probabilities, target)
         for name, member, metric in metrics.metrics():
             self.log(f"{split}/{name}/{member}", metric)
         return probabilities
 
-    def _split_metrics(self, split: EvaluatedSplit) -> TeamMetrics:
+    def metrics_of(self, split: EvaluatedSplit) -> TeamMetrics:
+        """Returns the metrics of one split."""
         metrics: TeamMetrics = self.metrics[split]  # type: ignore[assignment]
         return metrics
 
@@ -580,7 +581,7 @@ class Team(LightningModule):
         self._log_shared("test")
 
     def _log_shared(self, split: EvaluatedSplit) -> None:
-        metrics = self._split_metrics(split)
+        metrics = self.metrics_of(split)
         self.log(f"{split}/accuracy/mean", metrics.mean_accuracy(), prog_bar=True, sync_dist=True)
         values = metrics.disagreements().items()
         self.log_dict({f"{split}/{name}": value for name, value in values}, sync_dist=True)

@@ -23,10 +23,8 @@ class WandbRun:
         summary: The last value of each key.
         metrics: The definition of each metric by its name.
         artifacts: The logged artifacts.
-        files: The folder with the run's files.
     """
 
-    files: Path
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -44,17 +42,22 @@ class WandbRun:
 
     def table(self, key: str) -> list[dict[str, Any]]:
         """The rows of the table last logged under a key, or of the one of a chart."""
-        entry = next(row[key] for row in reversed(self.history) if key in row)
-        content = json.loads((self.files / entry["path"]).read_text())
+        content = json.loads(self.logged_file(f"{key}.table.json").read_text())
         return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+    def logged_file(self, path: str) -> Path:
+        """The last file in an artifact that has a path."""
+        artifacts = reversed(self.artifacts)
+        files = (file for artifact in artifacts for file in artifact.manifest.contents)
+        return Path(next(file.local_path for file in files if file.path == path))
 
 
 def read_wandb(folder: Path) -> WandbRun:
     """Reads the only run below a folder."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     (path,) = folder.rglob("run-*.wandb")
-    run = WandbRun(path.parent / "files")
+    run = WandbRun()
     for data in _records(path.read_bytes()):
         record = Record()
         record.ParseFromString(data)
