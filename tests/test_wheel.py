@@ -30,7 +30,6 @@ IMPORTED_ELSEWHERE = {
     "onnx": "onnxruntime.quantization.quantize",
     "sqlalchemy": "mlflow.store.db.utils",
     "tensorboard": "torch.utils.tensorboard",
-    "wandb": "lightning.pytorch.loggers.wandb",
 }
 """Distributions that a module of another library imports for us."""
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from teamnet_pl.cooperation.members import ENSEMBLE, LEADER
 from teamnet_pl.cooperation.report import Report, ReportRow
-from teamnet_pl.elastic.depths import format_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,7 +209,7 @@ class WandbBoard(Board[WandbLogger]):
         shown: dict[str, Any] = {}
         rows = [asdict(row) for row in evaluation.report.rows]
         for row in rows:
-            row["blocks_per_stage"] = format_stages(row["blocks_per_stage"] or ())
+            row["blocks_per_stage"] = "-".join(map(str, row["blocks_per_stage"] or ()))
         shown[f"depths/{split}"] = Table(list(rows[0]), [list(row.values()) for row in rows])
         shown[f"depths/{split}_picture"] = Image(_image(evaluation.report.figure()))
         for net, depths in nets_with_depths(evaluation.report).items():
