@@ -187,7 +187,7 @@ def logged_values(folder: Path) -> dict[tuple[int, str], str]:
             if step is None or not step.isdecimal() or None in row:
                 continue  # cut off by a kill
             for name, value in row.items():
-                if value and name != "epoch":
+                if value and name not in ("epoch", "train/images_per_second"):
                     key = (int(step), name)
                     if key in values:
                         raise ValueError(f"{path} has {name} of step {step} twice")

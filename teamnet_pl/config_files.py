@@ -12,7 +12,8 @@ _FOLDER = Path(__file__).parent / "configs"
 
 def config_names() -> list[str]:
     """Lists the names of the configs, such as ``digits`` and ``data/cifar10``."""
-    names = [path.relative_to(_FOLDER).with_suffix("") for path in _FOLDER.rglob("*.yaml")]
+    files = set(_FOLDER.rglob("*.yaml")) - {_FOLDER / "sweep.yaml"}  # which is for wandb
+    names = [path.relative_to(_FOLDER).with_suffix("") for path in files]
     return sorted((name.as_posix() for name in names), key=lambda name: (name.count("/"), name))
 
 

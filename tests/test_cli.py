@@ -340,22 +340,6 @@ def test_an_averaged_run_tests_its_averaged_weights(cli, tmp_path):
     )
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_the_logger_configs_work(cli, tmp_path, pytestconfig, monkeypatch, logger):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    cli(tmp_path, "fit", "--config", pytestconfig.rootpath / f"configs/logger/{logger}.yaml")
-    if logger == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(next(tmp_path.glob("logs/version_0")))).Reload()
-        assert {"train/loss", "val/accuracy/mean"} <= set(events.Tags()["scalars"])
-        assert "per_depth" in events.Tags()["images"]
-    else:
-        assert list(tmp_path.glob("logs/wandb/offline-run-*/run-*.wandb"))
-        assert list(tmp_path.glob("logs/wandb/offline-run-*/files/media/images/per_depth*.png"))
-
-
 @pytest.mark.slow
 def test_version(capsys, pytestconfig):
     project = (pytestconfig.rootpath / "pyproject.toml").read_text()

@@ -25,9 +25,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 EXTRA_OF_MODULE = {"deploy/serving/server.py": "serve", "deploy/serving/uploads.py": "serve"}
 """Modules that import the libraries of an extra where they begin."""
 IMPORTED_ELSEWHERE = {
+    "alembic": "mlflow.store.db.utils",
+    "mlflow-skinny": "lightning.pytorch.loggers.mlflow",
     "onnx": "onnxruntime.quantization.quantize",
+    "sqlalchemy": "mlflow.store.db.utils",
     "tensorboard": "torch.utils.tensorboard",
-    "wandb": "lightning.pytorch.loggers.wandb",
 }
 """Distributions that a module of another library imports for us."""
 

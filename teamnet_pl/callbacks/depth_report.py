@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
@@ -17,8 +16,8 @@ from teamnet_pl.cooperation.team import EvaluatedSplit
 class DepthReport(Callback):
     """Reports every depth of a `Team` after fit, validate and test.
 
-    Prints a table, and saves ``per_depth.json`` and ``per_depth.png`` beside the checkpoints. The
-    picture also goes to W&B and TensorBoard. Metrics are those of the last evaluation.
+    Prints a table, and saves ``per_depth.json`` and ``per_depth.png`` beside the checkpoints.
+    Metrics are those of the last evaluation.
 
     Args:
         picture: Whether to draw accuracy against multiply-accumulates.
@@ -52,13 +51,7 @@ class DepthReport(Callback):
         path = results_folder(trainer) / REPORT_FILE
         report.save(path)
         if self.picture:
-            figure, path = report.figure(), path.with_suffix(".png")
-            figure.savefig(path, dpi=150)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image("per_depth", [str(path)])
-                elif isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("per_depth", figure, trainer.global_step)
+            report.figure().savefig(path.with_suffix(".png"), dpi=150)
 
 
 def team_report(team: Team, trainer: Trainer, split: EvaluatedSplit) -> Report:

@@ -18,3 +18,18 @@ def results_folder(trainer: Trainer, resumed: bool = True) -> Path:
         return Path(trainer.ckpt_path).parent
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(checkpoints or trainer.log_dir or trainer.default_root_dir)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Returns the folder of the run itself, where ``checkpoints`` is by default.
+
+    Args:
+        trainer: The trainer of the run, in its first process.
+    """
+    folder = Path(trainer.default_root_dir)
+    if not trainer.loggers:
+        return folder
+    logger = trainer.loggers[0]
+    version = logger.version
+    version = version if isinstance(version, str) else f"version_{version}"
+    return Path(logger.save_dir or folder, str(logger.name), version)

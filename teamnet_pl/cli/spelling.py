@@ -15,6 +15,7 @@ GROUPS = (
     "checkpoint",
     "ckpt_path",
     "config",
+    "dashboards",
     "data",
     "h",
     "help",

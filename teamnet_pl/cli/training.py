@@ -9,21 +9,21 @@ from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.cli import (
-    ArgsType,
-    LightningArgumentParser,
-    LightningCLI,
-    SaveConfigCallback,
-)
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from teamnet_pl import __version__, cooperation, data
-from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
+from teamnet_pl.callbacks import (
+    BestCheckpoint,
+    Dashboards,
+    DepthReport,
+    LastCheckpoint,
+    PredictionWriter,
+)
 from teamnet_pl.checkpoints import (
     AtomicCheckpointIO,
     count_weights,
@@ -32,23 +32,12 @@ from teamnet_pl.checkpoints import (
 )
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
 from teamnet_pl.cli.parser import SpellingParser
+from teamnet_pl.cli.run_config import SaveRunConfig
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.errors import TeamNetError
-from teamnet_pl.settings import run_settings
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Also has each checkpoint hold the data module and the run's settings, as plain values."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves the config, and hands the team the part of it that checkpoints hold."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and isinstance(pl_module, Team):
-            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            pl_module.run |= {"data": config["data"], "settings": run_settings(config)}
 
 
 class TeamArgumentParser(SpellingParser, LightningArgumentParser):
@@ -93,6 +82,7 @@ class TeamCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(DepthReport, "report")
+        parser.add_lightning_class_args(Dashboards, "dashboards")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_argument(
             "--test_after_fit",
@@ -211,7 +201,7 @@ def run_training(args: ArgsType) -> None:
         ImageDataModule,
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults={
             "logger": {
                 "class_path": "lightning.pytorch.loggers.CSVLogger",

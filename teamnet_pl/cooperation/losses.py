@@ -38,15 +38,25 @@ class LossTerms:
         """Returns all terms by the names that they are logged under.
 
         Returns:
-            ``ce/<member>`` for each label loss, ``kd/<teacher>-><student>`` for each transfer and
-            ``features/<teacher>-><student>`` for its features.
+            ``ce/<member>`` for each label loss, ``kd/<teacher>_to_<student>`` for each transfer and
+            ``features/<teacher>_to_<student>`` for its features.
         """
         groups = {"ce": self.labels, "kd": self.transfers, "features": self.features}
         return {
-            f"{group}/{name}": term
+            logged_name(group, name): term
             for group, terms in groups.items()
             for name, term in terms.items()
         }
+
+
+def logged_name(group: str, name: str) -> str:
+    """Returns the name that a term is logged under, of signs that every logger takes.
+
+    Args:
+        group: Such as ``kd``.
+        name: Name of a member or of a transfer.
+    """
+    return f"{group}/{name.replace('->', '_to_')}"
 
 
 class CooperativeLoss(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone uses)
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from teamnet_pl.cooperation.members import depth_names, evaluated_names
+from teamnet_pl.cooperation.members import LEADER, depth_names, evaluated_names
 from teamnet_pl.elastic import AdaptiveNet
 
 
@@ -111,6 +111,90 @@ def member_metrics(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(metrics)
 
 
+MOST_CONFUSED_CLASSES = 100
+"""Number of classes up to which confusion is counted: its size grows with the square."""
+
+
+class Predictions(NamedTuple):
+    """The predicted labels of all members, counted over an evaluation.
+
+    Attributes:
+        agreement: Share of the images for which two members predict the same label, shape
+            ``(members, members)``; NaN for a member of which a prediction is not finite.
+        confusion: Number of images by true and by predicted label, shape
+            ``(members, classes, classes)``, or ``(members, 0, 0)`` with more than
+            `MOST_CONFUSED_CLASSES` classes. Predictions that are not finite are not counted.
+    """
+
+    agreement: Tensor
+    confusion: Tensor
+
+
+class PredictionCounts(Metric):
+    """Counts the predicted labels of all members, see `Predictions`.
+
+    Args:
+        members: Number of members.
+        num_classes: Number of classes.
+
+    Example:
+        >>> counts = PredictionCounts(members=2, num_classes=3)
+        >>> labels = torch.tensor([0, 1, 2, 2])
+        >>> wrong = torch.tensor([0, 1, 1, 1])
+        >>> counts.update(torch.stack([torch.eye(3)[labels], torch.eye(3)[wrong]]), labels)
+        >>> agreement, confusion = counts.compute()
+        >>> agreement
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+        >>> confusion[1]
+        tensor([[1, 0, 0],
+                [0, 1, 0],
+                [0, 2, 0]])
+    """
+
+    images: Tensor
+    non_finite: Tensor
+    agreeing: Tensor
+    confusion: Tensor
+
+    def __init__(self, members: int, num_classes: int) -> None:
+        super().__init__()
+        classes = num_classes if num_classes <= MOST_CONFUSED_CLASSES else 0
+        for name, shape in {
+            "images": (),
+            "non_finite": (members,),
+            "agreeing": (members, members),
+            "confusion": (members, classes, classes),
+        }.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds a batch, which may be empty.
+
+        Args:
+            preds: Class probabilities, shape ``(members, N, classes)``.
+            target: Labels, shape ``(N,)``.
+        """
+        finite = preds.isfinite().all(dim=-1)
+        labels = preds.argmax(dim=-1)
+        self.images += len(target)
+        self.non_finite += (~finite).sum(dim=1)
+        self.agreeing += (labels[:, None] == labels).sum(dim=-1)
+        members, classes = self.confusion.shape[:2]
+        if classes:
+            offsets = torch.arange(members, device=labels.device)[:, None] * classes**2
+            cells = (offsets + target * classes + labels)[finite]
+            counts = cells.bincount(minlength=self.confusion.numel())
+            self.confusion += counts.view_as(self.confusion)
+
+    def compute(self) -> Predictions:
+        """Returns the counts over all images so far."""
+        shares = self.agreeing / self.images
+        undefined = self.non_finite > 0
+        shares = shares.masked_fill(undefined | undefined[:, None], torch.nan)
+        return Predictions(shares, self.confusion.clone())
+
+
 class TeamMetrics(nn.Module):
     """The metrics of each member of a team. Needs no Lightning.
 
@@ -118,6 +202,9 @@ class TeamMetrics(nn.Module):
         teammates: The Teammates by name.
         leader: The Leader, if there is one.
         num_classes: Number of classes.
+
+    Attributes:
+        predictions: The predicted labels of the members, in the order of `names`.
 
     Examples:
         >>> import torchvision
@@ -138,6 +225,25 @@ class TeamMetrics(nn.Module):
             {member: member_metrics(num_classes) for member in evaluated_names(teammates, leader)}
         )
         self._depths = depth_names(teammates)
+        self._deepest_of = {
+            f"{name}/{depth}": f"{name}/{net.depths[0]}"
+            for name, net in teammates.items()
+            for depth in net.depths[1:]
+        }
+        self.predictions = PredictionCounts(len(self.members), num_classes)
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names."""
+        return list(self.members)
+
+    def value_names(self) -> list[str]:
+        """Lists the names of all values that `compute` returns."""
+        return [
+            *(f"{name}/{member}" for name, member, _ in self.metrics()),
+            *(f"disagreement/{depth}" for depth in self._deepest_of),
+            "accuracy/mean",
+        ]
 
     def metrics(self) -> Iterator[tuple[str, str, Metric]]:
         """Yields each metric with its name and its member's name."""
@@ -155,6 +261,20 @@ class TeamMetrics(nn.Module):
         """
         for _, member, metric in self.metrics():
             metric.update(probabilities[member], target)
+        stacked = torch.stack([probabilities[member] for member in self.names])
+        self.predictions.update(stacked, target)
+
+    def disagreements(self) -> dict[str, Tensor]:
+        """Returns how often each shallower depth differs from the deepest of its Teammate.
+
+        Returns:
+            Shares of the images by ``disagreement/<member>``, as scalars.
+        """
+        agreement, index = self.predictions.compute().agreement, self.names.index
+        return {
+            f"disagreement/{depth}": 1 - agreement[index(depth), index(deepest)]
+            for depth, deepest in self._deepest_of.items()
+        }
 
     def mean_accuracy(self) -> Tensor:
         """Returns the mean accuracy of all depths of all Teammates, a scalar."""
@@ -164,9 +284,37 @@ class TeamMetrics(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """Returns all metrics by ``<metric>/<member>``, and ``accuracy/mean``, as scalars."""
         values = {f"{name}/{member}": metric.compute() for name, member, metric in self.metrics()}
-        return values | {"accuracy/mean": self.mean_accuracy()}
+        return values | self.disagreements() | {"accuracy/mean": self.mean_accuracy()}
 
     def reset(self) -> None:
         """Starts anew, such as for another evaluation."""
         for _, _, metric in self.metrics():
             metric.reset()
+        self.predictions.reset()
+
+
+def batch_accuracies(logits: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+    """Measures the accuracy of the members in one batch.
+
+    Args:
+        logits: By the member's name, each ``(N, classes)``.
+        target: Labels, shape ``(N,)``, or probabilities of the classes, ``(N, classes)``, of which
+            the most probable one counts.
+
+    Returns:
+        Accuracies by ``accuracy/<member>``, and ``accuracy/mean`` over all but the Leader, as
+        scalars.
+
+    Example:
+        >>> logits = {"leader": torch.eye(2), "a/d1": torch.ones(2, 1) * torch.tensor([0.0, 1.0])}
+        >>> accuracies = batch_accuracies(logits, torch.tensor([0, 1]))
+        >>> {name: value.item() for name, value in accuracies.items()}
+        {'accuracy/leader': 1.0, 'accuracy/a/d1': 0.5, 'accuracy/mean': 0.5}
+    """
+    labels = target if target.ndim == 1 else target.argmax(dim=-1)
+    right = torch.stack([values.argmax(dim=-1) for values in logits.values()]) == labels
+    shares = dict(zip(logits, right.float().mean(dim=1), strict=True))
+    accuracies = {f"accuracy/{member}": share for member, share in shares.items()}
+    if depths := [share for member, share in shares.items() if member != LEADER]:
+        accuracies["accuracy/mean"] = torch.stack(depths).mean()
+    return accuracies

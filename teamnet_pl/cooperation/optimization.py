@@ -153,6 +153,20 @@ class OptimizerConfig:
 _IS_LEADER = "is_leader"
 """Key of a group of parameters: whether they are the Leader's."""
 
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Returns the highest learning rates of an optimizer that `OptimizerConfig` made.
+
+    Returns:
+        By ``leader``, if the Leader has groups of its own, and ``teammates``.
+    """
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        name = "leader" if group.get(_IS_LEADER) else "teammates"
+        rates[name] = max(rates.get(name, 0.0), float(group["lr"]))
+    return rates
+
+
 _GROUPING = (
     "filter_bias_and_bn",
     "layer_decay",

@@ -93,11 +93,13 @@ class Report:
             split: Images that were evaluated, such as ``test``.
             weights: Digest of the weights.
         """
+        costs = member_costs(teammates, leader, input_shape)
 
         def row(
-            net: str, price: Cost, depth: str | None = None, stages: Sequence[int] | None = None
+            net: str, depth: str | None = None, stages: Sequence[int] | None = None
         ) -> ReportRow:
             member = net if depth is None else f"{net}/{depth}"
+            price = costs[member]
             top5 = metrics.get(f"accuracy_top5/{member}")
             return ReportRow(
                 split,
@@ -113,19 +115,11 @@ class Report:
                 weights=weights,
             )
 
-        rows = [] if leader is None else [row(LEADER, cost(leader, input_shape))]
-        deepest = []
+        rows = [] if leader is None else [row(LEADER)]
         for name, net in teammates.items():
-            costs = depth_costs(net, input_shape)
-            deepest.append(costs[net.depths[0].name])
-            rows += [
-                row(name, costs[depth.name], depth.name, depth.per_stage) for depth in net.depths
-            ]
-        if len(deepest) > 1:
-            macs, parameters = (
-                sum(getattr(price, name) for price in deepest) for name in ("macs", "parameters")
-            )
-            rows.append(row(ENSEMBLE, Cost(macs, parameters)))
+            rows += [row(name, depth.name, depth.per_stage) for depth in net.depths]
+        if ENSEMBLE in costs:
+            rows.append(row(ENSEMBLE))
         return cls(tuple(rows))
 
     @classmethod
@@ -209,6 +203,33 @@ class Report:
         add_legend(figure, axes)
         label_points(axes, labels)
         return figure
+
+
+def member_costs(
+    teammates: Mapping[str, AdaptiveNet], leader: nn.Module | None, input_shape: Sequence[int]
+) -> dict[str, Cost]:
+    """Measures the cost of all that is evaluated.
+
+    Args:
+        teammates: The Teammates by name.
+        leader: The Leader, if there is one.
+        input_shape: Shape of one image, ``(channels, height, width)``.
+
+    Returns:
+        Costs by the member's name; that of the ensemble is the sum of its nets'.
+    """
+    costs = {} if leader is None else {LEADER: cost(leader, input_shape)}
+    deepest = []
+    for name, net in teammates.items():
+        of_depths = depth_costs(net, input_shape)
+        costs |= {f"{name}/{depth}": price for depth, price in of_depths.items()}
+        deepest.append(of_depths[net.depths[0].name])
+    if len(deepest) > 1:
+        macs, parameters = (
+            sum(getattr(price, name) for price in deepest) for name in ("macs", "parameters")
+        )
+        costs[ENSEMBLE] = Cost(macs, parameters)
+    return costs
 
 
 REPORT_HEADER = ("net", "depth", "blocks per stage", "MACs", "parameters", "accuracy")

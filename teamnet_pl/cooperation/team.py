@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from teamnet_pl.checkpoints import (
@@ -34,7 +35,7 @@ from teamnet_pl.cooperation.callback_check import check_callbacks
 from teamnet_pl.cooperation.configs import Leader, LeaderConfig, Teammate, TeammateConfig
 from teamnet_pl.cooperation.data_check import check_data
 from teamnet_pl.cooperation.idle import IdleParameters
-from teamnet_pl.cooperation.losses import CooperativeLoss
+from teamnet_pl.cooperation.losses import CooperativeLoss, logged_name
 from teamnet_pl.cooperation.members import (
     LEADER,
     at_least_single,
@@ -42,7 +43,7 @@ from teamnet_pl.cooperation.members import (
     member_names,
     member_probabilities,
 )
-from teamnet_pl.cooperation.metrics import TeamMetrics
+from teamnet_pl.cooperation.metrics import TeamMetrics, batch_accuracies
 from teamnet_pl.cooperation.non_finite import NonFiniteGuard, NonFinitePolicy
 from teamnet_pl.cooperation.optimization import (
     OptimizerConfig,
@@ -73,6 +74,9 @@ from teamnet_pl.randomness import seeded
 from teamnet_pl.trust import Trust, errors_naming
 
 EvaluatedSplit = Literal["val", "test"]
+
+_OF_SOME_STEPS = ("train/ce/", "train/kd/", "train/features/", "train/accuracy/")
+"""What the names of values begin with that a step may lack."""
 
 
 class Team(LightningModule):
@@ -375,17 +379,18 @@ class Team(LightningModule):
         trained = [
             member for member in self.members() if member != LEADER or not self.leader_frozen
         ]
-        terms = [f"ce/{member}" for member in trained] + [f"kd/{edge}" for edge in self.transfers]
-        if self.criterion.cooperation.features.weight:
-            terms += [f"features/{edge}" for edge in self.transfers]
-        evaluated = [f"{name}/{member}" for name, member, _ in self._split_metrics("val").metrics()]
+        groups = ["kd"] + ["features"] * (self.criterion.cooperation.features.weight > 0)
+        terms = [logged_name("ce", member) for member in trained]
+        terms += [logged_name(group, str(edge)) for group in groups for edge in self.transfers]
+        accuracies = [f"accuracy/{member}" for member in [*self.members(), "mean"]]
+        trained = ["loss", "gradient_norm", "skipped_steps", *terms, *accuracies]
         return [
-            *(f"train/{name}" for name in ("loss", "skipped_steps", *terms)),
+            *(f"train/{name}" for name in trained),
             *(f"train/ramp/{group}" for group in self.criterion.ramps(1.0)),
             *(
                 f"{split}/{name}"
                 for split in self.metrics
-                for name in [*evaluated, "accuracy/mean"]
+                for name in self.metrics_of("val").value_names()
             ),
         ]
 
@@ -461,26 +466,31 @@ class Team(LightningModule):
         if self._tracks_idle_parameters:
             loss = self._idle.include(loss, self._trained_parameters())
         named = terms.named()
+        accuracies = batch_accuracies(outputs.logits, target) if self._logs_step else {}
         # In one collective, by which all processes also know of values that are not finite in any.
-        values = torch.stack([*named.values(), loss]).detach()
+        values = torch.stack([*named.values(), loss, *accuracies.values()]).detach()
         values = self.trainer.strategy.reduce(values, reduce_op="mean")
-        if not self._guard.check_terms(list(named), values, self.global_step):
+        if not self._guard.check_terms(list(named), values[: len(named) + 1], self.global_step):
             return loss * torch.nan  # so that no gradient is finite
-        self._forget_logged(named)
-        self.log("train/loss", values[-1], prog_bar=True)
+        logged = [f"train/{name}" for name in (*named, "loss", *accuracies)]
+        self._forget_logged(logged)
         ramps = self.criterion.ramps(progress).items()
         self.log_dict({f"train/ramp/{group}": factor for group, factor in ramps})
-        self.log_dict(
-            {f"train/{name}": value for name, value in zip(named, values[:-1], strict=True)}
-        )
+        for name, value in zip(logged, values, strict=True):
+            self.log(name, value, prog_bar=name == "train/loss")
         return loss
 
-    def _forget_logged(self, terms: Mapping[str, Tensor]) -> None:
+    @property
+    def _logs_step(self) -> bool:
+        """Whether this step's values reach the loggers; the others need not be measured."""
+        return self.trainer._logger_connector.should_update_logs
+
+    def _forget_logged(self, names: Sequence[str]) -> None:
         """Keeps Lightning from logging the last values of terms again that this step lacks."""
         results: dict[str, Any] = self.trainer._results or {}
         for key in list(results):
-            name = key.removeprefix("training_step.train/")
-            if name.startswith(("ce/", "kd/", "features/")) and name not in terms:
+            name = key.removeprefix("training_step.")
+            if name.startswith(_OF_SOME_STEPS) and name not in names:
                 del results[key]
 
     def _averaged_logits(self, logits: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
@@ -517,14 +527,25 @@ class Team(LightningModule):
         if self._guard.skips:
             self.run["skipped_steps"] = self.run.get("skipped_steps", 0) + skipped
             self.log("train/skipped_steps", float(self.run["skipped_steps"]))
+        if self._logs_step:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", get_total_norm(gradients))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measures all members on one batch."""
-        self._evaluate("val", batch)
+    def on_validation_epoch_start(self) -> None:
+        """Starts the counts anew that Lightning does not reset."""
+        self.metrics_of("val").predictions.reset()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measures all members on one batch."""
-        self._evaluate("test", batch)
+    def on_test_epoch_start(self) -> None:
+        """Starts the counts anew that Lightning does not reset."""
+        self.metrics_of("test").predictions.reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Measures all members on one batch; returns their probabilities, for callbacks."""
+        return self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Measures all members on one batch; returns their probabilities, for callbacks."""
+        return self._evaluate("test", batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Returns class probabilities by the member's name, each ``(N, num_classes)``."""
@@ -538,28 +559,32 @@ class Team(LightningModule):
             logits = dict.fromkeys(self.members(), none)
         return member_probabilities(self.elastic_nets, logits)
 
-    def _evaluate(self, split: EvaluatedSplit, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, split: EvaluatedSplit, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, target = batch
-        metrics = self._split_metrics(split)
-        metrics.update(self._probabilities(images), target)
+        metrics, probabilities = self.metrics_of(split), self._probabilities(images)
+        metrics.update(probabilities, target)
         for name, member, metric in metrics.metrics():
             self.log(f"{split}/{name}/{member}", metric)
+        return probabilities
 
-    def _split_metrics(self, split: EvaluatedSplit) -> TeamMetrics:
+    def metrics_of(self, split: EvaluatedSplit) -> TeamMetrics:
+        """Returns the metrics of one split."""
         metrics: TeamMetrics = self.metrics[split]  # type: ignore[assignment]
         return metrics
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the mean accuracy of all depths of all Teammates."""
-        self._log_mean_accuracy("val")
+        """Logs the values that are of several members."""
+        self._log_shared("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the mean accuracy of all depths of all Teammates."""
-        self._log_mean_accuracy("test")
+        """Logs the values that are of several members."""
+        self._log_shared("test")
 
-    def _log_mean_accuracy(self, split: EvaluatedSplit) -> None:
-        mean = self._split_metrics(split).mean_accuracy()
-        self.log(f"{split}/accuracy/mean", mean, prog_bar=True, sync_dist=True)
+    def _log_shared(self, split: EvaluatedSplit) -> None:
+        metrics = self.metrics_of(split)
+        self.log(f"{split}/accuracy/mean", metrics.mean_accuracy(), prog_bar=True, sync_dist=True)
+        values = metrics.disagreements().items()
+        self.log_dict({f"{split}/{name}": value for name, value in values}, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes one optimizer for all members, its learning rate scheduled by the step."""

@@ -86,7 +86,7 @@ def test_the_terms_of_a_step_are_those_of_averaged_teachers(tmp_path):
             expected.append(loss.item())
 
         def on_train_batch_end(self, trainer, team, *args):
-            actual = trainer.callback_metrics["train/kd/leader->a/d0"].item()
+            actual = trainer.callback_metrics["train/kd/leader_to_a/d0"].item()
             torch.testing.assert_close(actual, expected[-1], rtol=1e-4, atol=1e-5)
 
     make_trainer(tmp_path, callbacks=[ByHand()], limit_train_batches=4).fit(team, make_digits())

@@ -157,7 +157,7 @@ def test_each_image_counts_once(tmp_path, images, split):
         else:
             {"val": trainer.validate, "test": trainer.test}[split](team, data, verbose=False)
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "train" not in n}
-        assert len(metrics) == 4 * 3 + 1
+        assert len(metrics) == 4 * 3 + 2
         runs.append(metrics)
     assert runs[1] == pytest.approx(runs[0], rel=1e-6)
 

@@ -147,7 +147,7 @@ class ByHand(pl.Callback):
             if student in logits and (student != "leader" or leader_learns):
                 teaching = mixture(logits, target) if teacher == "ensemble" else logits[teacher]
                 term = divergence(logits[student], teaching, temperature)
-                terms[f"train/kd/{teacher}->{student}"] = term
+                terms[f"train/kd/{teacher}_to_{student}"] = term
                 loss = loss + grown(ramp, done) * weight * term
         for member, values in logits.items():
             weight = {"leader": leader, "a/d7": deepest, "b/d7": deepest}.get(member, others)
@@ -158,6 +158,15 @@ class ByHand(pl.Callback):
                 loss = loss + weight * term
         parameters = [parameter for parameter in team.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        squares = [(gradient**2).sum() for gradient in gradients if gradient is not None]
+        labels = target if target.ndim == 1 else target.argmax(1)
+        shares = {
+            f"train/accuracy/{member}": (values.argmax(1) == labels).double().mean().item()
+            for member, values in logits.items()
+        }
+        if teammates_run:
+            of_depths = [share for name, share in shares.items() if "leader" not in name]
+            shares["train/accuracy/mean"] = sum(of_depths) / len(of_depths)
         ramps = {
             f"train/ramp/{group}": grown(edge[2], done) for group, edge in self.case.edges.items()
         }
@@ -169,7 +178,8 @@ class ByHand(pl.Callback):
                     gradients,
                 ),
                 "log": {name: term.item() for name, term in terms.items()}
-                | {"train/loss": loss.item(), **ramps},
+                | {"train/loss": loss.item(), **ramps, **shares}
+                | {"train/gradient_norm": sum(squares).sqrt().item()},
             }
         )
 

@@ -152,7 +152,7 @@ def test_a_third_teammate_needs_only_a_config(three):
     rows = json.loads((three / "per_depth.json").read_text())
     assert [row["depth"] for row in rows if row["net"] == "c"] == ["d7", "d1"]
     names = logged_rows(three.parents[2])[0].keys()
-    assert {"test/accuracy/c/d1", "train/kd/c/d7->a/d7"} <= names
+    assert {"test/accuracy/c/d1", "train/kd/c/d7_to_a/d7"} <= names
 
 
 def test_the_commands_accept_a_third_teammate(cli, three, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 from teamnet_pl.cooperation import TeamMetrics
 from teamnet_pl.elastic import ElasticNet
@@ -49,9 +49,25 @@ def calibration_error(probabilities, labels):
     )
 
 
+SHALLOW = {"a/d1": "a/d4", "b/d2": "b/d4"}
+"""Each shallower depth, and the deepest of its Teammate."""
+
+
+def predicted_labels(batches):
+    """The labels that each member predicts for all images."""
+    return {
+        member: torch.cat([probabilities[member].argmax(1) for probabilities, _ in batches])
+        for member in MEMBERS
+    }
+
+
 def expected_metrics(batches, num_classes=CLASSES):
     labels = torch.cat([labels for _, labels in batches]).numpy()
+    predicted = predicted_labels(batches)
     classes, metrics = np.arange(num_classes), {}
+    for depth, deepest in SHALLOW.items():
+        differs = predicted[depth] != predicted[deepest]
+        metrics[f"disagreement/{depth}"] = differs.double().mean().item()
     for member in MEMBERS:
         parts = [probabilities[member] for probabilities, _ in batches]
         of_member = torch.cat(parts).double().numpy()
@@ -81,7 +97,7 @@ def test_metrics_cover_all_batches(num_classes):
     update(metrics, batches)
     expected = expected_metrics(batches, num_classes)
     assert as_floats(metrics.compute()) == pytest.approx(expected, abs=1e-5)
-    assert len(expected) == len(MEMBERS) * (4 if num_classes > 5 else 3) + 1
+    assert len(expected) == len(MEMBERS) * (4 if num_classes > 5 else 3) + 2 + 1
     assert float(metrics.mean_accuracy()) == pytest.approx(expected["accuracy/mean"])
 
 
@@ -100,11 +116,39 @@ def test_one_prediction_that_is_not_finite_makes_the_metrics_of_its_member_nan(v
     batches[2][0]["a/d1"][3, 4] = value
     update(metrics, batches)
     values = as_floats(metrics.compute())
-    kinds = ("accuracy", "accuracy_top5", "calibration_error", "loss")
+    kinds = ("accuracy", "accuracy_top5", "calibration_error", "disagreement", "loss")
     nan = {name for name, number in values.items() if np.isnan(number)}
     assert nan == {f"{kind}/a/d1" for kind in kinds} | {"accuracy/mean"}
     for name in values.keys() - nan:
         assert values[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_predictions_are_counted_by_pair_of_members_and_by_label():
+    metrics, batches = make_metrics(), make_batches()
+    batches[0][0]["leader"][2] = torch.nan
+    update(metrics, batches)
+    agreement, confusion = metrics.predictions.compute()
+    predicted = predicted_labels(batches)
+    labels = torch.cat([labels for _, labels in batches])
+    assert metrics.names == list(MEMBERS)
+    for row, member in enumerate(MEMBERS):
+        finite = torch.ones_like(labels, dtype=torch.bool)
+        finite[2] = member != "leader"
+        counts = confusion_matrix(labels[finite], predicted[member][finite], labels=range(CLASSES))
+        assert confusion[row].tolist() == counts.tolist()
+        for column, other in enumerate(MEMBERS):
+            if "leader" in (member, other):
+                assert agreement[row, column].isnan()
+            else:
+                share = accuracy_score(predicted[member], predicted[other])
+                assert float(agreement[row, column]) == pytest.approx(share)
+
+
+def test_confusion_of_many_classes_is_not_counted():
+    metrics, batches = make_metrics(101), make_batches(num_classes=101)
+    update(metrics, batches)
+    assert metrics.predictions.compute().confusion.numel() == 0
+    assert float(metrics.compute()["disagreement/a/d1"]) > 0.5
 
 
 def test_reset_forgets_all_batches():

@@ -160,6 +160,7 @@ def test_predictions_that_are_not_finite_are_scored_as_nan(tmp_path, split, valu
     members = [m for m in team.members() if m.startswith("b/")] + ["ensemble"]
     kinds = ("accuracy", "accuracy_top5", "calibration_error", "loss")
     expected = {f"{split}/{kind}/{member}" for kind in kinds for member in members}
+    expected |= {f"{split}/disagreement/b/{depth}" for depth in ("d5", "d2")}
     assert wrong == expected | {f"{split}/accuracy/mean"}
 
     rows = json.loads((tmp_path / "per_depth.json").read_text(), parse_constant=pytest.fail)

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers.logger import Logger
 from torchvision.transforms import v2
 
-from teamnet_pl.callbacks import LastCheckpoint
+from teamnet_pl.callbacks import Dashboards, LastCheckpoint
 from teamnet_pl.cooperation import Cooperation, OptimizerConfig, ScheduleConfig
 from teamnet_pl.cooperation.optimization import StepSchedule
 from tests.helpers.runs import LAST, error_of
@@ -40,7 +40,7 @@ class ValueLogger(Logger):
 
     def log_metrics(self, metrics, step=None):
         for name, value in metrics.items():
-            if name != "epoch":
+            if name not in ("epoch", "train/images_per_second"):
                 assert (step, name) not in self.values
                 self.values[step, name] = value
 
@@ -115,7 +115,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
         data = make_digits(**{"train_size": 150} | options.get("data", {}))
         pl.seed_everything(seed, verbose=False)
         logger = ValueLogger()
-        callbacks = options.get("callbacks", list)()
+        dashboards = Dashboards()
+        callbacks = [dashboards, *options.get("callbacks", list)()]
         trainer = make_trainer(
             tmp_path,
             **{"max_epochs": 2, "limit_train_batches": 4} | options.get("trainer", {}),
@@ -126,10 +127,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
         )
         trainer.fit(team, data, weights_only=True, **kwargs)
         state = copy.deepcopy(team.state_dict()), trainer.optimizers[0].state_dict()
-        return *state, logger.values, data.batch_size
+        return *state, logger.values, data.batch_size, dashboards.state_dict()
 
     keep = EveryCheckpoint(tmp_path)
-    weights, optimizer, log, batch_size = fit(keep=keep)
+    weights, optimizer, log, batch_size, history = fit(keep=keep)
+    assert history["steps"]
     assert len(keep.kept) >= 3
     # All but the last one, which has nothing left to do.
     for path, logged in keep.kept[: -1 : options.get("every", 2)]:
@@ -138,7 +140,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case):
         torch.testing.assert_close(resumed[1], optimizer, rtol=0, atol=0)
         assert not logged & resumed[2].keys()
         assert {key: log[key] for key in logged} | resumed[2] == log
-        assert resumed[3] == batch_size
+        assert resumed[3:] == (batch_size, history)
 
 
 @pytest.mark.parametrize("finder", [BatchSizeFinder, LearningRateFinder])

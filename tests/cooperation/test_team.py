@@ -154,7 +154,7 @@ def test_a_frozen_leader_does_not_change(tmp_path):
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimized == {id(parameter) for parameter in team.teammates.parameters()}
     assert "train/ce/leader" not in trainer.callback_metrics
-    assert trainer.callback_metrics["train/kd/leader->a/d7"] > 0
+    assert trainer.callback_metrics["train/kd/leader_to_a/d7"] > 0
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -198,7 +198,7 @@ def test_transfers_without_a_weight_are_left_out(tmp_path, members, weights, exp
     trainer = make_trainer(tmp_path, limit_train_batches=1)
     trainer.fit(team, make_digits())
     logged = {name for name in trainer.callback_metrics if "kd" in name}
-    assert logged == {f"train/kd/{transfer}" for transfer in expected}
+    assert logged == {"train/kd/" + transfer.replace("->", "_to_") for transfer in expected}
 
 
 def test_members_are_named_by_teammate_and_depth():
@@ -303,6 +303,11 @@ def metrics_by_hand(team, stage, images, labels):
         for member, of_member in probabilities.items()
         for name, value in measured(of_member, labels).items()
     }
+    predicted = {member: of_member.argmax(1) for member, of_member in probabilities.items()}
+    for name, net in team.elastic_nets.items():
+        for depth in net.depths[1:]:
+            differs = predicted[f"{name}/{depth}"] != predicted[f"{name}/{net.depths[0]}"]
+            metrics[f"{stage}/disagreement/{name}/{depth}"] = differs.mean()
     return metrics | {f"{stage}/accuracy/mean": np.mean(accuracies)}
 
 
