@@ -182,17 +182,18 @@ def test_print_config_round_trips(cli, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_the_config_saved_by_fit_is_accepted(cli, fitted, tmp_path, subcommand):
+def test_the_config_saved_by_fit_is_accepted(cli, fitted, best, tmp_path, subcommand):
     (path,) = fitted.glob("logs/version_0/config.yaml")
+    trained = ["--config", path, "--ckpt_path", best]
     if subcommand == "test":
-        cli(tmp_path, subcommand, "--config", path, "--trainer.limit_test_batches", 1, tiny=False)
+        cli(tmp_path, subcommand, *trained, "--trainer.limit_test_batches", 1, tiny=False)
         assert "test/accuracy/mean" in logged_metrics(tmp_path)
     elif subcommand == "fit":
         cli(tmp_path, subcommand, "--config", path, tiny=False)
         assert saved_config(tmp_path) == saved_config(fitted)
         assert logged_metrics(tmp_path) == pytest.approx(logged_metrics(fitted))
     else:
-        cli(tmp_path, subcommand, "--config", path, tiny=False)
+        cli(tmp_path, subcommand, *trained, tiny=False)
 
 
 def test_configs_compose_and_options_override(cli, capsys, tmp_path):
@@ -252,8 +253,9 @@ def test_misspelled_names_get_suggestions(cli, capsys, tmp_path, args, meant):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
-def test_data_errors_are_reported_without_a_traceback(cli, capsys, tmp_path, subcommand):
+def test_data_errors_are_reported_without_a_traceback(cli, capsys, best, tmp_path, subcommand):
     options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
+    options += ["--ckpt_path", best] if subcommand == "test" else []
     message = error_of(capsys, cli, tmp_path, subcommand, *options)
     assert "CIFAR10 is not in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
 

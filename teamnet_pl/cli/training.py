@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, loggers
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import (
     ArgsType,
@@ -22,7 +22,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from teamnet_pl import __version__, cooperation, data
+from teamnet_pl import cooperation, data
 from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
 from teamnet_pl.checkpoints import (
     AtomicCheckpointIO,
@@ -32,7 +32,7 @@ from teamnet_pl.checkpoints import (
 )
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
 from teamnet_pl.cli.parser import SpellingParser
-from teamnet_pl.commands import COMMANDS
+from teamnet_pl.cli.words import subcommand_of
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.checkpoint import SavedTeam
@@ -69,6 +69,8 @@ class TeamArgumentParser(SpellingParser, LightningArgumentParser):
     def known_names(self) -> Iterable[str]:
         """Yields options, classes and the fields of configs."""
         yield from super().known_names()
+        yield from callbacks.__all__
+        yield from loggers.__all__
         for module in (cooperation, data):
             for name in module.__all__:
                 yield name
@@ -123,6 +125,11 @@ class TeamCLI(LightningCLI):
             for one in (parser, *self._subcommand_parsers.values()):
                 assert isinstance(one, TeamArgumentParser)
                 one.checkpoint = str(self.saved.path)
+        subcommand = subcommand_of(words)
+        if subcommand is not None:
+            chosen = self._subcommand_parsers[subcommand]
+            assert isinstance(chosen, TeamArgumentParser)
+            words = chosen.with_lists(words)
         self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
@@ -205,7 +212,8 @@ def run_training(args: ArgsType) -> None:
     Args:
         args: The words of the command line, or the values of the options.
     """
-    commands = "".join(f"\n  {name:20}{command.summary}" for name, command in COMMANDS.items())
+    for name in data.__all__:  # the parser knows classes that have been imported by their bare name
+        getattr(data, name)
     TeamCLI(
         Team,
         ImageDataModule,
@@ -219,7 +227,7 @@ def run_training(args: ArgsType) -> None:
             }
         },
         parser_class=TeamArgumentParser,
-        parser_kwargs={"epilog": f"besides training:{commands}", "version": __version__},
+        parser_kwargs={"prog": "teamnet"},
         seed_everything_default=0,
         # The team keeps its own: Lightning's lack the values that the data tells the team.
         load_from_checkpoint_support=False,
