@@ -7,18 +7,20 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.callbacks.folder import results_folder, save_beside
 from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
-from teamnet_pl.cooperation.report import REPORT_FILE, Report
+from teamnet_pl.cooperation.report import Report, report_file
 from teamnet_pl.cooperation.team import EvaluatedSplit
 
 
 class DepthReport(Callback):
     """Reports every depth of a `Team` after fit, validate and test.
 
-    Prints a table, and saves ``per_depth.json`` and ``per_depth.png`` beside the checkpoints. The
-    picture also goes to W&B and TensorBoard. Metrics are those of the last evaluation.
+    Prints a table, and saves it beside the checkpoints as ``per_depth.json`` (of a validation
+    ``per_depth_val.json``), with a picture. An earlier result that differs is kept: the name then
+    gets a number. The picture also goes to W&B and TensorBoard. Metrics are those of the last
+    evaluation.
 
     Args:
         picture: Whether to draw accuracy against multiply-accumulates.
@@ -49,16 +51,16 @@ class DepthReport(Callback):
         Console().print(report.table())
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = results_folder(trainer) / REPORT_FILE
-        report.save(path)
+        path = save_beside(results_folder(trainer) / report_file(split), report.as_json())
         if self.picture:
-            figure, path = report.figure(), path.with_suffix(".png")
-            figure.savefig(path, dpi=150)
+            figure, picture = report.figure(), path.with_suffix(".png")
+            figure.savefig(picture, dpi=150)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_image("per_depth", [str(path)])
+                    logger.log_image("per_depth", [str(picture)])
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("per_depth", figure, trainer.global_step)
+        print(f"Saved as {path}")
 
 
 def team_report(team: Team, trainer: Trainer, split: EvaluatedSplit) -> Report:

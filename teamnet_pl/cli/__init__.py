@@ -40,20 +40,21 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
     if words in ([], ["-h"], ["--help"], ["help"]):
         print(overview())
         sys.exit(0 if words else 2)
-    is_command = words[0] in COMMANDS
+    has_images = any(word.partition("=")[0] == "--images" for word in words)
+    name = "predict --images" if words[0] == "predict" and has_images else words[0]
     try:
         words = with_config_files(words)
-        if not is_command:
+        if name not in COMMANDS:
             check_spelling(words)
             words = with_data_names(words)
             check_complete(words)
     except TeamNetError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if is_command:
+    if name in COMMANDS:
         from teamnet_pl.cli.parser import run_command
 
-        run_command(words[0], words[1:])
+        run_command(name, words[1:])
     else:
         from teamnet_pl.cli.training import run_training
 

@@ -9,7 +9,7 @@ from teamnet_pl.commands import COMMANDS
 def overview() -> str:
     """Lists the subcommands."""
     summaries = TRAINING | {name: command.summary for name, command in COMMANDS.items()}
-    lines = [f"  {name:10}{summary}" for name, summary in summaries.items()]
+    lines = [f"  {name:18}{summary}" for name, summary in summaries.items()]
     return "\n".join(
         [
             "usage: teamnet <command> [options]",

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from teamnet_pl.cli.last_run import LAST_RUN, last_run
 from teamnet_pl.cli.messages import plain_message
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.errors import TeamNetError
@@ -102,6 +103,8 @@ def run_command(name: str, words: list[str]) -> None:
         words: The words of the command line after it.
     """
     command = COMMANDS[name].load()
+    if {"-h", "--help"} & set(words):
+        words = ["--help"]
     parser = SpellingParser(prog=f"teamnet {name}", description=COMMANDS[name].summary)
     parser.add_argument("--config", action="config", help="Path to a YAML file of options.")
     parser.add_function_arguments(command, as_group=False)
@@ -110,6 +113,8 @@ def run_command(name: str, words: list[str]) -> None:
             action.nargs, action.const = "?", True
     arguments = parser.instantiate(parser.parse_args(parser.with_lists(words))).as_dict()
     try:
+        if arguments.get("ckpt_path") == LAST_RUN:
+            arguments["ckpt_path"] = str(last_run())
         command(**{key: value for key, value in arguments.items() if key != "config"})
     except (OSError, ModuleNotFoundError, TeamNetError) as error:
         parser.error(str(error))

@@ -37,7 +37,7 @@ def check_complete(words: list[str]) -> None:
     elif not _has_weights(given):
         raise TeamNetError(
             f"teamnet {subcommand} needs a trained team, whose checkpoint `teamnet fit` saves: "
-            "--ckpt_path FILE, or --ckpt_path last-run for the newest run."
+            "--ckpt_path FILE, or --ckpt_path last-run for the newest run here."
         )
 
 

@@ -11,7 +11,7 @@ TRAINING = {
     "fit": "Trains a team.",
     "validate": "Measures every depth on the validation images.",
     "test": "Measures every depth on the test images.",
-    "predict": "Writes the predicted class of each image to a file.",
+    "predict": "Writes the predicted class of each image of the test split.",
 }
 """The subcommands of LightningCLI, with what they do."""
 GROUPS = (
@@ -55,9 +55,9 @@ def check_spelling(words: list[str]) -> None:
     for word in words:
         name = word.removeprefix("--").partition("=")[0].removesuffix("+")
         if word.startswith("--") and name and name.partition(".")[0] not in GROUPS:
+            meant = did_you_mean(name.partition(".")[0], (*GROUPS, "images"))
             raise TeamNetError(
-                f"There is no option --{name}. {did_you_mean(name.partition('.')[0], GROUPS)} "
-                "`teamnet fit --help` lists all options."
+                f"There is no option --{name}. {meant} `teamnet fit --help` lists all options."
             )
 
 

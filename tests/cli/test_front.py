@@ -19,7 +19,12 @@ def test_all_commands_are_listed_one_line_each(words, tmp_path):
     assert answer.returncode == (0 if words else 2)
     lines = [line for line in answer.stdout.splitlines() if line.startswith("  ")]
     names = ["fit", "validate", "test", "predict", "blocks", "configs", "profile", "serve"]
-    assert [line.split()[0] for line in lines] == [*names, "export"]
+    assert [line.split("  ")[1] for line in lines] == [
+        *names,
+        "predict --images",
+        "export",
+        "doctor",
+    ]
     assert all(line.rstrip().endswith(".") and len(line) <= 100 for line in lines)
 
 

@@ -98,7 +98,7 @@ def test_unknown_optimizers_get_suggestions(name, meant):
         ValueError, match=f"no optimizer '{name}'. (Did you mean|There are) .*{meant}"
     ) as error:
         OptimizerConfig(name)
-    assert ("'rmsprop'" in str(error.value)) == (name == "x")
+    assert (", rmsprop," in str(error.value)) == (name == "x")
 
 
 def test_unknown_options_of_an_optimizer_are_refused():

@@ -18,6 +18,11 @@ CHECKPOINTS = "logs/version_0/checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
 """Where the first run in a folder puts its checkpoints."""
+LOGGED = [
+    "--trainer.logger",
+    "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: ''}}",
+]
+"""The options that make an evaluation log like a fit."""
 
 
 class CommandLine:
