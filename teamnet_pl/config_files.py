@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.suggestions import did_you_mean
 
 _FOLDER = Path(__file__).parent / "configs"
 
@@ -31,11 +31,9 @@ def config_path(name: str) -> Path:
     names = config_names()
     if name.removesuffix(".yaml") in names:
         return _FOLDER / f"{name.removesuffix('.yaml')}.yaml"
-    close = difflib.get_close_matches(name, names, n=3) or [n for n in names if name in n]
-    meant = f" Did you mean {' or '.join(close)}?" if close else ""
     raise TeamNetError(
-        f"There is no config file {name}, and no config of that name comes with the package.{meant}"
-        " `teamnet configs` lists the names."
+        f"There is no config file {name}, and no config of that name comes with the package. "
+        f"{did_you_mean(name, names)} `teamnet configs` lists the names."
     )
 
 

@@ -15,6 +15,7 @@ from tests.helpers.runs import (
     BEST,
     CHECKPOINTS,
     LAST,
+    LOGGED,
     error_of,
     logged_metrics,
     logged_rows,
@@ -73,7 +74,7 @@ def test_a_checkpoint_alone_is_enough_to_evaluate(
     cli, fitted, best, tmp_path, subcommand, split, option
 ):
     args = [f"{option}{best}"] if option.endswith("=") else [option, best]
-    cli(tmp_path, subcommand, *args, tiny=False)
+    cli(tmp_path, subcommand, *args, *LOGGED, tiny=False)
     expected = of_split(logged_metrics(fitted), split)
     assert len(expected) > 20
     assert of_split(logged_metrics(tmp_path), split) == pytest.approx(expected, abs=1e-5)
@@ -84,7 +85,7 @@ def test_a_checkpoint_alone_is_enough_to_evaluate(
 def test_options_override_the_checkpoints_config(cli, best, tmp_path, first):
     options, checkpoint = [BATCH_SIZE, 48, "--model.label_smoothing", 0.2], ["--ckpt_path", best]
     args = [*options, *checkpoint] if first else [*checkpoint, *options]
-    cli(tmp_path, "test", *args, tiny=False)
+    cli(tmp_path, "test", *args, *LOGGED, tiny=False)
     config = saved_config(tmp_path)
     assert config["data"]["init_args"]["batch_size"] == 48
     assert config["model"]["label_smoothing"] == 0.2
@@ -97,7 +98,7 @@ def test_a_checkpoint_restores_null_values(cli, own_nets, tmp_path):
     options = ["--data", json.dumps(data), "--model.leader", "null"]
     cli(tmp_path, "fit", *options)
     trusted = ["--trust_import", "true"]  # the data module is not one of this package
-    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, *trusted, tiny=False)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, *trusted, *LOGGED, tiny=False)
     assert saved_config(tmp_path, version=1)["data"]["init_args"]["keep"] is None
     metrics = of_split(logged_metrics(tmp_path, version=1), "test")
     assert "test/accuracy/a/d7" in metrics
@@ -150,7 +151,7 @@ def test_fit_resumes_from_the_last_checkpoint_of_its_folder(cli, tmp_path):
 
 def test_a_config_before_the_subcommand(cli, best, tmp_path):
     (tmp_path / "top.yaml").write_text("test: {trainer: {limit_test_batches: 1}}")
-    cli(tmp_path, "--config", "top.yaml", "test", "--ckpt_path", best, tiny=False)
+    cli(tmp_path, "--config", "top.yaml", "test", "--ckpt_path", best, *LOGGED, tiny=False)
     assert saved_config(tmp_path)["trainer"]["limit_test_batches"] == 1
     assert saved_config(tmp_path)["model"]["a"]["options"] == {"width": 4}
     assert "test/accuracy/mean" in logged_metrics(tmp_path)
@@ -162,7 +163,7 @@ def test_a_checkpoint_does_not_need_the_file_of_initial_weights(cli, best, tmp_p
     options = ["--model.leader.checkpoint", start, "--model.leader.checkpoint_prefix", "leader."]
     cli(tmp_path, "fit", *options)
     start.unlink()
-    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, *LOGGED, tiny=False)
     assert "test/accuracy/leader" in logged_metrics(tmp_path, version=1)
 
 
@@ -182,17 +183,18 @@ def test_print_config_round_trips(cli, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_the_config_saved_by_fit_is_accepted(cli, fitted, tmp_path, subcommand):
+def test_the_config_saved_by_fit_is_accepted(cli, fitted, best, tmp_path, subcommand):
     (path,) = fitted.glob("logs/version_0/config.yaml")
+    trained = ["--config", path, "--ckpt_path", best]
     if subcommand == "test":
-        cli(tmp_path, subcommand, "--config", path, "--trainer.limit_test_batches", 1, tiny=False)
+        cli(tmp_path, subcommand, *trained, "--trainer.limit_test_batches", 1, tiny=False)
         assert "test/accuracy/mean" in logged_metrics(tmp_path)
     elif subcommand == "fit":
         cli(tmp_path, subcommand, "--config", path, tiny=False)
         assert saved_config(tmp_path) == saved_config(fitted)
         assert logged_metrics(tmp_path) == pytest.approx(logged_metrics(fitted))
     else:
-        cli(tmp_path, subcommand, "--config", path, tiny=False)
+        cli(tmp_path, subcommand, *trained, tiny=False)
 
 
 def test_configs_compose_and_options_override(cli, capsys, tmp_path):
@@ -252,8 +254,9 @@ def test_misspelled_names_get_suggestions(cli, capsys, tmp_path, args, meant):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
-def test_data_errors_are_reported_without_a_traceback(cli, capsys, tmp_path, subcommand):
+def test_data_errors_are_reported_without_a_traceback(cli, capsys, best, tmp_path, subcommand):
     options = ["--data", "CIFAR10", "--data.root", "nowhere", "--data.download", "false"]
+    options += ["--ckpt_path", best] if subcommand == "test" else []
     message = error_of(capsys, cli, tmp_path, subcommand, *options)
     assert "CIFAR10 is not in nowhere/cifar-10-batches-py (missing: data_batch_1, " in message
 
@@ -333,7 +336,7 @@ def test_an_averaged_run_tests_its_averaged_weights(cli, tmp_path):
     }
     options = ["--trainer.callbacks", json.dumps([ema]), "--test_after_fit", "true"]
     cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 20)
-    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, tiny=False)
+    cli(tmp_path, "test", "--ckpt_path", tmp_path / BEST, *LOGGED, tiny=False)
     expected = of_split(logged_metrics(tmp_path, version=1), "test")
     assert of_split(logged_metrics(tmp_path, version=0), "test") == pytest.approx(
         expected, abs=1e-5

@@ -19,6 +19,8 @@ def test_the_package_loads_no_large_library():
     ("words", "exit_code"),
     [
         (["--version"], 0),
+        (["--help"], 0),
+        ([], 2),
         (["fti"], 2),
         (["fit", "--modle.x", "1"], 2),
         (["fit", "--config", "digist"], 2),

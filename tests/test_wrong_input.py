@@ -11,7 +11,7 @@ import torch
 
 from teamnet_pl import Team, TeamNetError
 from teamnet_pl.cli import main
-from teamnet_pl.cli.training import underlying_error
+from teamnet_pl.errors import underlying_error
 from tests.helpers.runs import BEST, error_of
 
 
@@ -136,12 +136,11 @@ def test_a_users_own_classes_in_other_commands(tmp_path, monkeypatch, capsys):
     "a results folder that cannot be written", "The table is printed before the error."
 )
 def test_a_results_folder_that_cannot_be_written(cli, capsys, checkpoint, tmp_path):
-    """There is a folder in place of the file."""
+    """There is a folder in place of the file that is written first."""
     content = checkpoint.read_bytes()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/best.ckpt").write_bytes(content)
-    (tmp_path / "run/per_depth.json").mkdir()
-    (tmp_path / "run/per_depth.json/x").touch()
+    (tmp_path / "run/.per_depth.json.tmp").mkdir()
     with pytest.raises(SystemExit) as ending:
         cli(tmp_path, "test", "--ckpt_path", "run/best.ckpt", tiny=False)
     printed = capsys.readouterr()

@@ -5,18 +5,19 @@ Neither torchvision nor timm is imported until a backbone of theirs is made.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from teamnet_pl.backbones.adapt import adapt_weights
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.suggestions import close_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # not in Python 3.10's typing
@@ -124,14 +125,15 @@ def has_source(name: str) -> bool:
 def _find_factory(name: str) -> tuple[_Factory, str]:
     """Finds the function that makes a backbone, and its argument for the number of channels."""
     prefix, slash, model = name.partition("/")
-    if not slash:
+    if "." in name and not slash:
         return _import_factory(name), "in_channels"
-    if prefix not in SOURCES:
-        _raise_unknown(name, (f"{known}/" for known in SOURCES))
+    if prefix not in SOURCES or not slash:
+        _raise_unknown(name, _meant(name))
     source = SOURCES[prefix]
     factory = source.factory(model)
     if factory is None:
-        _raise_unknown(name, (f"{prefix}/{known}" for known in source.models()))
+        names = [f"{prefix}/{known}" for known in source.models()]
+        _raise_unknown(name, close_names(name, names, count=5) or names[:5])
     return factory, source.channels_argument
 
 
@@ -255,11 +257,19 @@ def _forms() -> str:
     return f"A backbone is {forms} or an import path"
 
 
-def _raise_unknown(name: str, known: Iterable[str]) -> NoReturn:
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:10]
+def _meant(name: str) -> list[str]:
+    """Finds the models whose names are like one without the prefix of a source, or with another."""
+    models = {prefix: source.models() for prefix, source in SOURCES.items()}
+    close = close_names(name.rpartition("/")[2], chain(*models.values()), count=5)
+    return [
+        f"{prefix}/{each}" for prefix, known in models.items() for each in known if each in close
+    ]
+
+
+def _raise_unknown(name: str, meant: Sequence[str]) -> NoReturn:
+    question = f"Did you mean {' or '.join(meant)}? " if meant else ""
     raise TeamNetError(
-        f"There is no backbone {name!r}. Did you mean {', '.join(close)}? {_forms()}."
+        f"There is no backbone {name!r}. {question}{_forms()} such as my_package.MyNet."
     )
 
 

@@ -6,18 +6,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.callbacks.folder import results_folder, save_beside
 from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
-from teamnet_pl.cooperation.report import REPORT_FILE, Report
+from teamnet_pl.cooperation.report import Report, report_file
 from teamnet_pl.cooperation.team import EvaluatedSplit
 
 
 class DepthReport(Callback):
     """Reports every depth of a `Team` after fit, validate and test.
 
-    Prints a table, and saves ``per_depth.json`` and ``per_depth.png`` beside the checkpoints.
-    Metrics are those of the last evaluation.
+    Prints a table, and saves it beside the checkpoints as ``per_depth.json`` (of a validation
+    ``per_depth_val.json``), with a picture. An earlier result that differs is kept: the name then
+    gets a number. Metrics are those of the last evaluation.
 
     Args:
         picture: Whether to draw accuracy against multiply-accumulates.
@@ -48,10 +49,10 @@ class DepthReport(Callback):
         Console().print(report.table())
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = results_folder(trainer) / REPORT_FILE
-        report.save(path)
+        path = save_beside(results_folder(trainer) / report_file(split), report.as_json())
         if self.picture:
             report.figure().savefig(path.with_suffix(".png"), dpi=150)
+        print(f"Saved as {path}")
 
 
 def team_report(team: Team, trainer: Trainer, split: EvaluatedSplit) -> Report:

@@ -6,6 +6,30 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from teamnet_pl.atomic import atomic_write_text, numbered_names
+
+
+def save_beside(path: Path, text: str) -> Path:
+    """Writes a text file and replaces no other: where one differs, the name gets a number.
+
+    Args:
+        path: The file.
+        text: Its content.
+
+    Returns:
+        The file that has the content.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    for file in numbered_names(path):
+        if not file.exists():
+            atomic_write_text(file, text)
+            break
+        if file.is_file() and file.read_bytes() == text.encode():
+            break
+    return file
+
 
 def results_folder(trainer: Trainer, resumed: bool = True) -> Path:
     """Returns the folder of the checkpoint in use, or of those that are being written.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from teamnet_pl.callbacks.folder import results_folder
+from teamnet_pl.callbacks.folder import results_folder, save_beside
 from teamnet_pl.cooperation import Team
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the predictions of a `Team` to ``predictions.csv`` beside the checkpoint.
+
+    Earlier predictions that differ are kept: the name then gets a number.
 
     Each line holds the index of an image in the dataset, and for each member the name of the
     predicted class: its number if the names are not known, nothing if the prediction is not finite.
@@ -34,18 +37,19 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Writes the file."""
         folder = results_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
         classes = pl_module.run.get("classes") if isinstance(pl_module, Team) else None
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        with open(folder / f"predictions{rank}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index", *predictions[0]])
-            # Both are lists of batches; indices have one more level, for several dataloaders.
-            for batch, indices in zip(predictions, batch_indices[0], strict=True):
-                # A process that has run out of images gets None in their place.
-                images = [index for index in indices if index is not None]
-                columns = [_named(probabilities, classes) for probabilities in batch.values()]
-                writer.writerows(zip(images, *columns, strict=True))
+        file = StringIO()
+        writer = csv.writer(file)
+        writer.writerow(["index", *predictions[0]])
+        # Both are lists of batches; indices have one more level, for several dataloaders.
+        for batch, indices in zip(predictions, batch_indices[0], strict=True):
+            # A process that has run out of images gets None in their place.
+            images = [index for index in indices if index is not None]
+            columns = [_named(probabilities, classes) for probabilities in batch.values()]
+            writer.writerows(zip(images, *columns, strict=True))
+        path = save_beside(folder / f"predictions{rank}.csv", file.getvalue())
+        print(f"Saved as {path}")
 
 
 def _named(probabilities: Tensor, classes: Sequence[str] | None) -> list[str | int]:

@@ -11,7 +11,9 @@ import sys
 from typing import Any
 
 from teamnet_pl import __version__
-from teamnet_pl.cli.spelling import check_spelling
+from teamnet_pl.cli.overview import overview
+from teamnet_pl.cli.refusals import check_complete
+from teamnet_pl.cli.spelling import check_spelling, with_data_names
 from teamnet_pl.cli.words import with_config_files
 from teamnet_pl.commands import COMMANDS
 from teamnet_pl.errors import TeamNetError
@@ -35,17 +37,24 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
     if words == ["--version"]:
         print(f"teamnet {__version__}")
         sys.exit()
+    if words in ([], ["-h"], ["--help"], ["help"]):
+        print(overview())
+        sys.exit(0 if words else 2)
+    has_images = any(word.partition("=")[0] == "--images" for word in words)
+    name = "predict --images" if words[0] == "predict" and has_images else words[0]
     try:
         words = with_config_files(words)
-        if not (words and words[0] in COMMANDS):
+        if name not in COMMANDS:
             check_spelling(words)
+            words = with_data_names(words)
+            check_complete(words)
     except TeamNetError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if words and words[0] in COMMANDS:
+    if name in COMMANDS:
         from teamnet_pl.cli.parser import run_command
 
-        run_command(words[0], words[1:])
+        run_command(name, words[1:])
     else:
         from teamnet_pl.cli.training import run_training
 

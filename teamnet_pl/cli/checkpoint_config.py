@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from teamnet_pl.cli.last_run import LAST_RUN, last_run
 from teamnet_pl.cli.spelling import TRAINING
 from teamnet_pl.cli.words import given_values
 from teamnet_pl.cooperation import Cooperation
@@ -39,8 +40,8 @@ def with_checkpointed_config(words: list[str]) -> tuple[list[str], SavedTeam | N
     path = given.get("ckpt_path")
     if path is None:
         return words, None
-    if path in _SEARCHED:
-        path = _find_checkpoint(path, given)
+    if path == LAST_RUN or path in _SEARCHED:
+        path = last_run() if path == LAST_RUN else _find_checkpoint(path, given)
         # Not as Lightning looks for it, which starts anew if there is none.
         words = [*words, "--ckpt_path", str(path)]
     trust_import = given.get("trust_import") is True

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, callbacks, loggers
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from teamnet_pl import __version__, cooperation, data
+from teamnet_pl import cooperation, data
 from teamnet_pl.callbacks import (
     BestCheckpoint,
     Dashboards,
@@ -24,20 +25,17 @@ from teamnet_pl.callbacks import (
     LastCheckpoint,
     PredictionWriter,
 )
-from teamnet_pl.checkpoints import (
-    AtomicCheckpointIO,
-    count_weights,
-    limit_parameters,
-    load_checkpoint,
-)
+from teamnet_pl.checkpoints import count_weights, limit_parameters
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
+from teamnet_pl.cli.last_run import LAST_RUN, note_run, short_path
 from teamnet_pl.cli.parser import SpellingParser
 from teamnet_pl.cli.run_config import SaveRunConfig
-from teamnet_pl.commands import COMMANDS
+from teamnet_pl.cli.words import given_values, subcommand_of
 from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.checkpoint import SavedTeam
-from teamnet_pl.errors import TeamNetError
+from teamnet_pl.errors import TeamNetError, underlying_error
+from teamnet_pl.training import evaluate_best, save_atomically
 
 
 class TeamArgumentParser(SpellingParser, LightningArgumentParser):
@@ -58,6 +56,8 @@ class TeamArgumentParser(SpellingParser, LightningArgumentParser):
     def known_names(self) -> Iterable[str]:
         """Yields options, classes and the fields of configs."""
         yield from super().known_names()
+        yield from callbacks.__all__
+        yield from loggers.__all__
         for module in (cooperation, data):
             for name in module.__all__:
                 yield name
@@ -75,6 +75,16 @@ class TeamCLI(LightningCLI):
     """
 
     saved: SavedTeam | None = None
+    has_logger = True
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Turns Lightning's own table of metrics off, since `DepthReport` prints one."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, and what the data tells the team."""
@@ -113,6 +123,15 @@ class TeamCLI(LightningCLI):
             for one in (parser, *self._subcommand_parsers.values()):
                 assert isinstance(one, TeamArgumentParser)
                 one.checkpoint = str(self.saved.path)
+        subcommand = subcommand_of(words)
+        # An evaluation leaves its files beside the checkpoint, and no folder of a run that is none.
+        self.has_logger = subcommand == "fit" or any(
+            name.startswith("trainer.logger") for name in given_values(args)
+        )
+        if subcommand is not None:
+            chosen = self._subcommand_parsers[subcommand]
+            assert isinstance(chosen, TeamArgumentParser)
+            words = chosen.with_lists(words)
         self.config = parser.parse_args(words)
 
     def _parse_ckpt_path(self) -> None:
@@ -130,13 +149,16 @@ class TeamCLI(LightningCLI):
             self._parser(self.subcommand).error(str(underlying_error(error) or error))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leaves the checkpoints out where `enable_checkpointing` is off.
+        """Leaves out the checkpoints or the logger where they are off.
 
         Raises:
             TeamNetError: If Lightning refuses a value, such as of devices.
         """
         if config.get("enable_checkpointing") is False:
             callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        if not self.has_logger:
+            config["logger"] = False
+            self.save_config_callback = None
         try:
             return super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -144,9 +166,7 @@ class TeamCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Has checkpoints saved whole or not at all, unless the user chose another plugin."""
-        strategy = self.trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
+        save_atomically(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; errors that a user can mend are printed without a traceback."""
@@ -169,24 +189,38 @@ class TeamCLI(LightningCLI):
                 f"{path} does not hold the state that a run resumes from, or is damaged "
                 f"({type(error).__name__}): {error}"
             )
+        finally:
+            if subcommand == "fit":
+                self._note_best()
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, if asked for."""
         if self._get(self.config, "test_after_fit"):
-            # Not by `ckpt_path`: a callback that averages weights would restore the last ones.
-            if best := getattr(self.trainer.checkpoint_callback, "best_model_path", ""):
-                self.model.load_state_dict(load_checkpoint(best)["state_dict"])
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            evaluate_best(self.trainer, self.model, self.datamodule)
+
+    def _note_best(self) -> None:
+        """Notes the best checkpoint of a fit, even of one that was stopped, and tells its place."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best and self.trainer.is_global_zero:
+            note_run(best)
+            print(f"The best checkpoint is {short_path(best)}: teamnet test --ckpt_path {LAST_RUN}")
 
 
-def underlying_error(error: BaseException | None) -> BaseException | None:
-    """Finds the error that jsonargparse wrapped in a longer one.
+_NOT_NEWS = ("💡 Tip", "GPU available: False", "TPU available: False", "`weights_only` was not set")
 
-    It is an error of this package, or that of a library that is not installed.
-    """
-    while error is not None and not isinstance(error, ModuleNotFoundError | TeamNetError):
-        error = error.__cause__
-    return error
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOT_NEWS)
+
+
+def _silence_libraries() -> None:
+    """Leaves out messages and warnings of libraries about which a user can do nothing."""
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_news)
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    # The data module chooses their number.
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
 
 
 def run_training(args: ArgsType) -> None:
@@ -195,7 +229,9 @@ def run_training(args: ArgsType) -> None:
     Args:
         args: The words of the command line, or the values of the options.
     """
-    commands = "".join(f"\n  {name:20}{command.summary}" for name, command in COMMANDS.items())
+    _silence_libraries()
+    for name in data.__all__:  # the parser knows classes that have been imported by their bare name
+        getattr(data, name)
     TeamCLI(
         Team,
         ImageDataModule,
@@ -203,13 +239,14 @@ def run_training(args: ArgsType) -> None:
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults={
+            "enable_model_summary": False,  # `DepthReport` has the numbers of parameters
             "logger": {
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
                 "init_args": {"save_dir": "logs", "name": ""},
-            }
+            },
         },
         parser_class=TeamArgumentParser,
-        parser_kwargs={"epilog": f"besides training:{commands}", "version": __version__},
+        parser_kwargs={"prog": "teamnet"},
         seed_everything_default=0,
         # The team keeps its own: Lightning's lack the values that the data tells the team.
         load_from_checkpoint_support=False,

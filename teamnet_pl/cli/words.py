@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from teamnet_pl.cli.spelling import TRAINING
 from teamnet_pl.config_files import config_path
 
 _CONFIG = ("--config", "-c")
@@ -71,7 +72,14 @@ def given_values(words: list[str]) -> dict[str, Any]:
         elif parent == "data" and field not in ("class_path", "init_args"):
             name = f"data.init_args.{field}"
         values |= _flat(value, name)
-    return values
+    # A config before the subcommand holds its options under its name.
+    prefix = f"{subcommand_of(words)}."
+    return {name.removeprefix(prefix): value for name, value in values.items()}
+
+
+def subcommand_of(words: list[str]) -> str | None:
+    """Finds the subcommand of LightningCLI in a command line, None if there is none."""
+    return next((word for word in words if word in TRAINING), None)
 
 
 def _flat(value: object, name: str = "") -> dict[str, Any]:

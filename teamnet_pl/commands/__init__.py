@@ -46,9 +46,17 @@ COMMANDS = {
         "teamnet_pl.commands.serve:serve_teammate",
         "Serves a Teammate's predictions over HTTP, each within a budget of time.",
     ),
+    "predict --images": Command(
+        "teamnet_pl.commands.predict:predict_images",
+        "Writes the class of each image in files or folders, with probabilities.",
+    ),
     "export": Command(
         "teamnet_pl.commands.export:export_teammate",
         "Exports a Teammate to files for other programs, with a manifest of its depths.",
+    ),
+    "doctor": Command(
+        "teamnet_pl.commands.doctor:check_machine",
+        "Tells versions, devices and optional libraries, and tries a step of training.",
     ),
 }
 """The subcommands by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from teamnet_pl.deploy.runtime.measuring import profile_depths
+from teamnet_pl.deploy.runtime import measuring
 from teamnet_pl.deploy.runtime.profile_report import draw_profile, profile_table
 from teamnet_pl.deploy.teammate import Teammate
 
@@ -43,10 +43,7 @@ def profile_teammate(
     from rich.console import Console
 
     net = Teammate.load(ckpt_path, teammate, device=device, trust_import=trust_import)
-    views = {depth.name: net.view(depth) for depth in net.depths}
-    profile = profile_depths(net, views, batch_sizes, runs)
-    if net.accuracy:
-        profile = profile.with_accuracies(net.accuracy, net.split)
+    profile = measuring.profile_teammate(net, batch_sizes, runs)
     console = Console()
     console.print(profile_table(profile))  # first, since the folder may be read-only
     source = Path(ckpt_path)

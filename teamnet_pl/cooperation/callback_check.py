@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping
 
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.suggestions import close_names
 
 _LOG_NOTHING_ELSE = ("lightning", "teamnet_pl")
 """Packages whose callbacks log no metric that another callback could monitor."""
@@ -35,7 +35,7 @@ def check_callbacks(callbacks: Sequence[Callback], metrics: Collection[str]) -> 
         return  # others may log any metric
     for callback in callbacks:
         if isinstance(callback, EarlyStopping) and callback.monitor not in metrics:
-            close = difflib.get_close_matches(callback.monitor, metrics) or ["val/accuracy/mean"]
+            close = close_names(callback.monitor, metrics) or ["val/accuracy/mean"]
             raise TeamNetError(
                 f"EarlyStopping monitors {callback.monitor}, which a team does not log. Monitor "
                 f"{' or '.join(close)}, or another name that `metrics.csv` has."

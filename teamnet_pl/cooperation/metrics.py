@@ -137,7 +137,7 @@ class PredictionCounts(Metric):
         members: Number of members.
         num_classes: Number of classes.
 
-    Example:
+    Examples:
         >>> counts = PredictionCounts(members=2, num_classes=3)
         >>> labels = torch.tensor([0, 1, 2, 2])
         >>> wrong = torch.tensor([0, 1, 1, 1])
@@ -305,7 +305,7 @@ def batch_accuracies(logits: Mapping[str, Tensor], target: Tensor) -> dict[str, 
         Accuracies by ``accuracy/<member>``, and ``accuracy/mean`` over all but the Leader, as
         scalars.
 
-    Example:
+    Examples:
         >>> logits = {"leader": torch.eye(2), "a/d1": torch.ones(2, 1) * torch.tensor([0.0, 1.0])}
         >>> accuracies = batch_accuracies(logits, torch.tensor([0, 1]))
         >>> {name: value.item() for name, value in accuracies.items()}

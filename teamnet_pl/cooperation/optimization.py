@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from teamnet_pl.elastic import AdaptiveNet
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class OptimizerConfig:
             return  # the default needs no check, for which timm would be imported
         from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
-        known = list_optimizers()
+        known = [str(name) for name in list_optimizers()]
         if self.name.lower() not in known:
-            close = difflib.get_close_matches(self.name, known, n=5, cutoff=0.4) or known
-            raise TeamNetError(f"There is no optimizer {self.name!r}. Did you mean {close}?")
+            meant = did_you_mean(self.name, known, count=5) or f"There are {', '.join(known)}."
+            raise TeamNetError(f"There is no optimizer {self.name!r}. {meant}")
         # So that wrong arguments are found now; without a draw that would change the nets' weights.
         self.create(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))
 

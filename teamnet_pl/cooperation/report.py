@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-REPORT_FILE = "per_depth.json"
-"""Name of the file, beside the checkpoint that was evaluated."""
+
+def report_file(split: str) -> str:
+    """Returns the name of the report's file, beside the checkpoint that was evaluated."""
+    return "per_depth.json" if split == "test" else f"per_depth_{split}.json"
+
+
+def report_files(folder: Path) -> list[Path]:
+    """Lists the reports in a folder: those of the test split first, and the oldest first."""
+    files = [path for path in folder.glob("per_depth*.json") if path.is_file()]
+    return sorted(files, key=lambda path: ("_val" in path.stem, len(path.stem), path.stem))
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ class Report:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the rows as JSON, where a number that is not finite is ``null``.
+        """Saves the rows, as `as_json` writes them.
 
         Args:
             path: The file.
@@ -151,6 +159,10 @@ class Report:
         Raises:
             OSError: If it cannot be written.
         """
+        atomic_write_text(path, self.as_json())
+
+    def as_json(self) -> str:
+        """Writes the rows as JSON, where a number that is not finite is ``null``."""
         records = [
             {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -158,7 +170,7 @@ class Report:
             }
             for row in self.rows
         ]
-        atomic_write_text(path, json.dumps(records, indent=2))
+        return json.dumps(records, indent=2)
 
     def of_net(self, name: str) -> list[ReportRow]:
         """Lists the rows of one net.

@@ -1,5 +1,7 @@
 """Images in folders: ImageNet, Imagenette, Tiny-ImageNet and the user's own."""
 
+import glob
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +76,50 @@ def files_by_class(
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder}: {error}") from error
     return [path for path, _ in samples], [label for _, label in samples]
+
+
+def image_files(sources: Sequence[str | Path]) -> list[Path]:
+    """Lists image files.
+
+    Args:
+        sources: Files, folders and patterns. Of a folder or a pattern, files with the ending of an
+            image count; those in the folders of a folder too, but not hidden ones.
+
+    Returns:
+        The files of each source in order, each file once.
+
+    Raises:
+        FileNotFoundError: If a source is none of these, or holds no image.
+    """
+    files: dict[Path, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_file():
+            files[path] = None
+            continue
+        if path.is_dir():
+            listed = _files_below(path)
+        else:
+            listed = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+        images = [file for file in listed if _is_image(file)]
+        if not images:
+            kind = "no image in the folder" if path.is_dir() else "no image file, folder or pattern"
+            raise FileNotFoundError(f"There is {kind} {source}.")
+        files |= dict.fromkeys(images)
+    return list(files)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and _is_users(path) and path.is_file()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Lists the files in a folder and in the folders in it, also where links lead."""
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if _is_users(Path(name)))
+        files += [Path(parent, name) for name in sorted(names)]
+    return files
 
 
 def check_count(folder: Path, images: list[str], expected: int) -> None:

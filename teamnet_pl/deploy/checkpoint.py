@@ -14,7 +14,7 @@ from torch import Tensor
 from teamnet_pl import data as data_modules
 from teamnet_pl.checkpoints import load_checkpoint, weights_digest
 from teamnet_pl.cooperation.configs import TeammateConfig
-from teamnet_pl.cooperation.report import REPORT_FILE, Report
+from teamnet_pl.cooperation.report import Report, report_files
 from teamnet_pl.cooperation.restoring import (
     RUN_KEY,
     checked_extra_teammates,
@@ -27,7 +27,7 @@ from teamnet_pl.cooperation.team import Team
 from teamnet_pl.data import HuggingFace, ImageDataModule
 from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
-from teamnet_pl.errors import TeamNetError
+from teamnet_pl.errors import TeamNetError, underlying_error
 from teamnet_pl.settings import check_settings
 from teamnet_pl.trust import Trust, errors_naming
 
@@ -74,6 +74,28 @@ def check_classes(source: object, classes: object, num_classes: int) -> None:
         raise TeamNetError(
             f"{source}: classes must be the names of {num_classes} classes, found {classes!r}."
         )
+
+
+def make_data_module(config: Mapping[str, Any], source: object) -> ImageDataModule:
+    """Makes a data module, without reading any data yet.
+
+    Args:
+        config: Its ``class_path`` and ``init_args``.
+        source: The file of the config, for messages.
+
+    Raises:
+        TeamNetError: If it cannot be made.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ImageDataModule, "data", required=True)
+    try:
+        module: ImageDataModule = parser.instantiate(parser.parse_object({"data": config})).data
+    except (ArgumentError, ValueError) as error:
+        reason = underlying_error(error) or error
+        raise TeamNetError(
+            f"The data module that {source} names cannot be made: {reason}"
+        ) from error
+    return module
 
 
 @dataclass(frozen=True)
@@ -215,18 +237,12 @@ class SavedTeam:
         data = self.data()
         if data is None:
             return None
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(ImageDataModule, "data", required=True)
-        try:
-            module: ImageDataModule = parser.instantiate(parser.parse_object({"data": data})).data
-        except ArgumentError as error:
-            raise TeamNetError(
-                f"The data module that {self.path} names cannot be made: {error}"
-            ) from error
-        return module
+        return make_data_module(data, self.path)
 
     def accuracies(self, teammate: str) -> tuple[dict[str, float], str | None]:
-        """Reads the accuracies beside the file, in ``per_depth.json``, if they are of its weights.
+        """Reads the accuracies beside the file, in ``per_depth*.json``, if they are of its weights.
+
+        Those of the first test count; without any, those of the first validation.
 
         Args:
             teammate: Name of the Teammate.
@@ -236,15 +252,16 @@ class SavedTeam:
             for the split if there are no accuracies.
 
         Raises:
-            TeamNetError: If ``per_depth.json`` is not a report of a team.
+            TeamNetError: If such a file is not a report of a team.
         """
-        path = self.path.parent / REPORT_FILE
-        if not path.is_file():
-            return {}, None
-        weights = weights_digest(self.weights)
-        rows = [
-            row
-            for row in Report.load(path).of_net(teammate)
-            if row.weights == weights and not math.isnan(row.accuracy)
-        ]
-        return {str(row.depth): row.accuracy for row in rows}, rows[0].split if rows else None
+        weights: str | None = None
+        for path in report_files(self.path.parent):
+            weights = weights or weights_digest(self.weights)
+            rows = [
+                row
+                for row in Report.load(path).of_net(teammate)
+                if row.weights == weights and not math.isnan(row.accuracy)
+            ]
+            if rows:
+                return {str(row.depth): row.accuracy for row in rows}, rows[0].split
+        return {}, None

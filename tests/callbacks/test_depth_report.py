@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from torch.utils.data import DataLoader, TensorDataset
 
 from teamnet_pl.callbacks import DepthReport
+from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.elastic import cost
 from tests.helpers.teams import make_digits, make_team, make_trainer
 
@@ -24,8 +25,9 @@ ROWS = [
 ]
 
 
-def rows_of(folder):
-    rows = json.loads((folder / "per_depth.json").read_text())
+def rows_of(folder, split="test"):
+    name = {"test": "per_depth.json", "val": "per_depth_val.json"}[split]
+    rows = json.loads((folder / name).read_text())
     return {(row["net"], row["depth"]): row for row in rows}
 
 
@@ -68,11 +70,11 @@ def check_rows(rows, team, metrics, split):
 def test_fit_reports_beside_its_checkpoints(run):
     team, trainer, folder = run
     assert (folder / "kept" / "best.ckpt").exists()
-    check_rows(rows_of(folder / "kept"), team, trainer.callback_metrics, "val")
+    check_rows(rows_of(folder / "kept", "val"), team, trainer.callback_metrics, "val")
 
 
 def test_the_picture_is_an_image(run):
-    pixels = imread(run[2] / "kept" / "per_depth.png")
+    pixels = imread(run[2] / "kept" / "per_depth_val.png")
     assert pixels.ndim == 3
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.05
@@ -87,14 +89,28 @@ def test_an_evaluation_reports_beside_the_given_checkpoint(run, tmp_path, capsys
     evaluate(
         make_team(seed=1), make_digits(), ckpt_path=tmp_path / "given" / "best.ckpt", verbose=False
     )
-    rows = rows_of(tmp_path / "given")
+    rows = rows_of(tmp_path / "given", split)
     check_rows(rows, team, evaluator.callback_metrics, split)
-    assert imread(tmp_path / "given" / "per_depth.png").size
+    (picture,) = (tmp_path / "given").glob("per_depth*.png")
+    assert imread(picture).size
     printed = capsys.readouterr().out
     assert f"{split} split" in printed
+    assert f"Saved as {picture.with_suffix('.json')}" in printed
     for (net, _), row in rows.items():
         assert f"{row['accuracy']:.2%}" in printed, net
         assert f"{row['macs']:,}" in printed
+
+
+def test_no_result_replaces_another(tmp_path):
+    """Neither that of other weights nor that of other data; the same result is kept once."""
+    for seed in (0, 1, 1, 2):
+        trainer = make_trainer(tmp_path, callbacks=[DepthReport()], limit_test_batches=1)
+        trainer.test(make_team(seed=seed), make_digits(), verbose=False)
+    names = ["per_depth.json", "per_depth_2.json", "per_depth_3.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == names
+    weights = [json.loads((tmp_path / name).read_text())[0]["weights"] for name in names]
+    assert weights == [weights_digest(make_team(seed=seed).state_dict()) for seed in range(3)]
+    assert [path.with_suffix(".png").exists() for path in tmp_path.glob("*.json")] == [True] * 3
 
 
 def test_without_a_checkpoint_the_report_is_in_the_log_folder(tmp_path):

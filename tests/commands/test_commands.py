@@ -25,7 +25,7 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stop.value.code == 0
     assert COMMANDS[name].summary in " ".join(capsys.readouterr().out.split())
 

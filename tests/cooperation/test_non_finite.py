@@ -19,6 +19,7 @@ from teamnet_pl.cooperation import (
     SubNetworkEdge,
     TeacherEdge,
 )
+from teamnet_pl.cooperation.report import report_file
 from tests.helpers.runs import read_csv, teamnet_command
 from tests.helpers.teams import (
     CONSTANT,
@@ -163,11 +164,12 @@ def test_predictions_that_are_not_finite_are_scored_as_nan(tmp_path, split, valu
     expected |= {f"{split}/disagreement/b/{depth}" for depth in ("d5", "d2")}
     assert wrong == expected | {f"{split}/accuracy/mean"}
 
-    rows = json.loads((tmp_path / "per_depth.json").read_text(), parse_constant=pytest.fail)
+    path = tmp_path / report_file(split)
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)
     for row in rows:
         is_wrong = row["net"] in ("b", "ensemble")
         assert all((row[kind] is None) == is_wrong for kind in kinds)
-    assert (tmp_path / "per_depth.png").stat().st_size > 0
+    assert path.with_suffix(".png").stat().st_size > 0
     assert "nan%" in capsys.readouterr().out
 
 

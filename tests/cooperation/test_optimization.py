@@ -95,10 +95,10 @@ def test_optimizers_by_name(name, expected, values):
 @pytest.mark.parametrize(("name", "meant"), [("adamv", "adamw"), ("sgdd", "sgd"), ("x", "sgd")])
 def test_unknown_optimizers_get_suggestions(name, meant):
     with pytest.raises(
-        ValueError, match=f"no optimizer '{name}'. Did you mean .*'{meant}'"
+        ValueError, match=f"no optimizer '{name}'. (Did you mean|There are) .*{meant}"
     ) as error:
         OptimizerConfig(name)
-    assert ("'rmsprop'" in str(error.value)) == (name == "x")
+    assert (", rmsprop," in str(error.value)) == (name == "x")
 
 
 def test_unknown_options_of_an_optimizer_are_refused():

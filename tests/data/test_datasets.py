@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from teamnet_pl import data
 from teamnet_pl.data.loading import SeededIndex
 from teamnet_pl.deploy.checkpoint import SavedTeam
-from tests.helpers.runs import BEST, error_of, logged_metrics, of_split
+from tests.helpers.runs import BEST, LOGGED, error_of, logged_metrics, of_split
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -128,7 +128,7 @@ def train_and_test(cli, folder, *options):
     common = ["--data.batch_size", 16, "--data.train_transform", "null"]
     common += ["--trainer.limit_train_batches", 1.0, "--test_after_fit", "true"]
     cli(folder, "fit", *options[:2], *common, *options[2:])
-    cli(folder, "test", "--ckpt_path", folder / BEST, tiny=False)
+    cli(folder, "test", "--ckpt_path", folder / BEST, *LOGGED, tiny=False)
     fitted, tested = (logged_metrics(folder, version) for version in (0, 1))
     assert fitted["train/loss"] > 0
     assert len(of_split(fitted, "test")) > 20

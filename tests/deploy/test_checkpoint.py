@@ -75,6 +75,17 @@ def test_prediction_is_as_good_as_the_test(fitted, accuracy):
         assert np.mean(right) == pytest.approx(expected)
 
 
+def test_image_files_get_the_predictions_of_the_test_split(cli, fitted, tmp_path):
+    """Those of `predict` on the data module, by the same preprocessing."""
+    of_split = read_csv((fitted / BEST).with_name("predictions.csv"))
+    for depth in ("d7", "d0"):
+        words = ["--images", fitted / "moved/test", "--depth", depth, "--out", f"{depth}.csv"]
+        cli(tmp_path, "predict", *words, "--ckpt_path", fitted / BEST, tiny=False)
+        rows = read_csv(tmp_path / f"{depth}.csv")
+        assert [row["image"] for row in rows] == list(map(str, image_files(fitted)))
+        assert [row["class"] for row in rows] == [row[f"a/{depth}"] for row in of_split]
+
+
 def test_predictions_of_the_command_line_have_names(fitted):
     rows = read_csv((fitted / BEST).with_name("predictions.csv"))
     predictor = Predictor.from_checkpoint(fitted / BEST)

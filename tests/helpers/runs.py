@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,11 @@ CHECKPOINTS = "logs/version_0/checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
 """Where the first run in a folder puts its checkpoints."""
+LOGGED = [
+    "--trainer.logger",
+    "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: ''}}",
+]
+"""The options that make an evaluation log like a fit."""
 
 
 class CommandLine:
@@ -41,18 +47,26 @@ def teamnet_command(*args: object) -> list[str]:
     return [sys.executable, "-m", "teamnet_pl", *map(str, args)]
 
 
+def run_teamnet(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a process in a folder, and waits for its end."""
+    return subprocess.run(
+        teamnet_command(*args), cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
 def error_of(
     capsys: pytest.CaptureFixture[str], run: Callable[..., object], *args: Any, **kwargs: Any
 ) -> str:
     """Runs a command that fails; returns its error message, without line breaks.
 
-    The exit status must be 2, and there must be no traceback.
+    The exit status must be 2, and there must be neither a traceback nor the usage, which is long.
     """
     with pytest.raises(SystemExit) as ending:
         run(*args, **kwargs)
     assert ending.value.code == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "Traceback" not in message
+    assert "usage:" not in message
     return message
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from teamnet_pl.deploy.runtime.profile import Profile, ProfileRow
+from teamnet_pl.deploy.teammate import Teammate
 from teamnet_pl.elastic import ElasticNet, depth_costs
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.errors import TeamNetError
@@ -91,6 +92,22 @@ def profile_depths(
             for name, view in views.items()
         ]
     return Profile(device.type, _describe(device), torch.get_num_threads(), rows)
+
+
+def profile_teammate(net: Teammate, batch_sizes: Sequence[int] = (1, 8), runs: int = 50) -> Profile:
+    """Measures each depth of a Teammate, and adds its accuracies if they are known.
+
+    Args:
+        net: The Teammate, on the device to measure.
+        batch_sizes: Numbers of images that run at once.
+        runs: Number of timed runs of each depth and batch size.
+
+    Raises:
+        TeamNetError: As in `profile_depths`.
+    """
+    views = {depth.name: net.view(depth) for depth in net.depths}
+    profile = profile_depths(net, views, batch_sizes, runs)
+    return profile.with_accuracies(net.accuracy, net.split) if net.accuracy else profile
 
 
 def _latencies_ms(

@@ -14,7 +14,7 @@ from torch import Tensor
 from teamnet_pl.checkpoints import check_finite
 from teamnet_pl.deploy.runtime.controller import DepthController, OverheadEstimator
 from teamnet_pl.deploy.runtime.measuring import profile_depths, run_timed
-from teamnet_pl.deploy.runtime.preprocessing import Images, Preprocessing
+from teamnet_pl.deploy.runtime.preprocessing import MAX_PIXELS, Images, Preprocessing
 from teamnet_pl.deploy.runtime.profile import Profile
 from teamnet_pl.deploy.teammate import Teammate
 from teamnet_pl.elastic import ElasticNet, depth_costs
@@ -238,6 +238,7 @@ class Predictor:
         budget_ms: float | None = None,
         macs: int | None = None,
         depth: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> Prediction:
         """Predicts at the deepest depth that fits.
 
@@ -247,6 +248,7 @@ class Predictor:
                 compare the prediction's latency with the budget.
             macs: Multiply-accumulates that each image may take.
             depth: Name of the depth.
+            max_pixels: Files with more pixels are refused before they are decoded.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -261,7 +263,7 @@ class Predictor:
         fixed = self.depth_for(macs, depth)
         if budget_ms is not None:
             check_budget(budget_ms)
-        batch = self.preprocessing(images)
+        batch = self.preprocessing(images, max_pixels)
         overhead_ms, delay_ms = self._overhead.split(
             elapsed_ms=1000 * (self._clock() - begin), cpu_ms=1000 * (self._cpu_clock() - cpu_begin)
         )

@@ -111,8 +111,9 @@ class Preprocessing:
     def _prepare(self, image: OneImage, max_pixels: int) -> Tensor:
         tensor = self._transform(self._decode(image, max_pixels))
         if tuple(tensor.shape) != self.input_shape:
+            name = image if isinstance(image, str | Path) else "An image"
             raise TeamNetError(
-                f"An image has the shape {tuple(tensor.shape)} (channels, height, width); the net "
+                f"{name} has the shape {tuple(tensor.shape)} (channels, height, width); the net "
                 f"was trained on {self.input_shape}. Resize or crop it."
             )
         return self._normalize(tensor).as_subclass(Tensor)  # type: ignore[no-any-return]
