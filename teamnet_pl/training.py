@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint
+from teamnet_pl.callbacks import BestCheckpoint, Dashboards, DepthReport, LastCheckpoint
 from teamnet_pl.callbacks.depth_report import team_report
 from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
 from teamnet_pl.config_files import config_names, config_path
@@ -196,7 +196,7 @@ def train(
     members = {name: replace(member, **changes) for name, member in members.items()}
     net = Team(module.num_classes, module.input_shape, **members | team)
     settings: dict[str, Any] = {"max_epochs": epochs, "log_every_n_steps": 10} | dict(trainer or {})
-    callbacks = [BestCheckpoint(), LastCheckpoint(), DepthReport()]
+    callbacks = [BestCheckpoint(), LastCheckpoint(), DepthReport(), Dashboards()]
     settings["callbacks"] = [*settings.get("callbacks", []), *callbacks]
     net.run |= {"settings": run_settings({"seed_everything": seed, "trainer": settings})}
     net.run |= {"data": config} if config else {}
