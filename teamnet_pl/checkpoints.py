@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from teamnet_pl.atomic import atomic_write
 from teamnet_pl.errors import TeamNetError
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, map_location: Any = "cpu", plain_classes: Sequence[type] = ()
+) -> dict[str, Any]:
     """Loads a file written by `torch.save` or safetensors, as tensors and plain values.
 
     Args:
         path: The file; the name of a safetensors file ends in ``.safetensors``.
         map_location: Device of the loaded tensors.
+        plain_classes: Classes of objects that count as plain values: they only hold attributes.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,7 +48,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals(list(plain_classes)):
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a hostile file can make the unpickler raise errors of any class
         reason = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
         raise TeamNetError(

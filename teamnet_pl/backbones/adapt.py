@@ -60,14 +60,15 @@ def adapt_weights(
         weights: A state dict of another net of its kind.
         num_classes: Number of classes of the backbone.
         source: Origin of the weights, for messages.
-        new_classifiers: Whether weights for another number of classes are accepted.
+        new_classifiers: Whether classifiers may start with new weights.
 
     Returns:
         The weights, with the channels of the first convolution summed or repeated, and with the
-        backbone's own classifiers where the weights are for another number of classes.
+        backbone's own classifiers where the weights are for another number of classes or without
+        them.
 
     Raises:
-        TeamNetError: If they are for another number of classes, unless that is accepted.
+        TeamNetError: If a classifier would start with new weights, unless that is accepted.
     """
     state = backbone.state_dict()
     adapted = dict(weights)
@@ -78,18 +79,19 @@ def adapt_weights(
     for name, _ in _classifiers(backbone, num_classes):
         keys = [key for key in (f"{name}.weight", f"{name}.bias") if key in state]
         shapes = [weights[key].shape for key in keys if isinstance(weights.get(key), Tensor)]
-        if shapes and all(shape[0] != num_classes for shape in shapes):
-            if not new_classifiers:
-                raise TeamNetError(
-                    f"{source} is for {shapes[0][0]} classes instead of {num_classes}, and {name} "
-                    "would keep random weights, since the net is frozen: give weights that were "
-                    "trained on these classes, or leave it unfrozen."
-                )
-            logger.warning(
-                "%s is for %d classes instead of %d: %s starts with new weights.",
-                source, shapes[0][0], num_classes, name,
-            )  # fmt: skip
-            adapted |= {key: state[key] for key in keys}
+        if any(shape[0] == num_classes for shape in shapes) or not weights.keys() & state.keys():
+            continue
+        if shapes:
+            difference = f"{source} is for {shapes[0][0]} classes instead of {num_classes}"
+        else:
+            difference = f"{source} has no weights of the classifier"
+        if not new_classifiers:
+            raise TeamNetError(
+                f"{difference}, and {name} would keep random weights, since the net is frozen: "
+                "give weights that were trained on these classes, or leave it unfrozen."
+            )
+        logger.warning("%s: %s starts with new weights.", difference, name)
+        adapted |= {key: state[key] for key in keys}
     return adapted
 
 

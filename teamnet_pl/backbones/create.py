@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from teamnet_pl.backbones.adapt import adapt_weights
+from teamnet_pl.backbones.weights import read_weights
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.suggestions import close_names
 
@@ -45,27 +46,33 @@ class BackboneConfig:
             the library's own option: ``{pretrained: true}`` for timm, ``{weights: DEFAULT}`` for
             torchvision.
         checkpoint: File with weights to start from, in safetensors or PyTorch's format: a state
-            dict, or a Lightning checkpoint (its ``state_dict``). If they are for another number of
-            classes, the classifier starts with new weights; if they are for another number of
-            channels, the weights of the first convolution are summed or repeated.
+            dict, or a checkpoint that Lightning or the scripts of timm or torchvision saved. If
+            they are for another number of classes, or without a classifier, it starts with new
+            weights; if they are for another number of channels, the weights of the first
+            convolution are summed or repeated.
         checkpoint_prefix: The beginning of the names of the backbone's weights in that file, such
             as ``leader.`` or ``teammates.a.backbone.`` in the checkpoint of a team.
+        checkpoint_averaged: Whether to take the averaged weights (EMA) that the scripts of timm and
+            torchvision save beside the last ones.
     """
 
     name: str = "cifar/resnet20"
     options: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     checkpoint_prefix: str = ""
+    checkpoint_averaged: bool = False
 
     @property
     def new_classifiers(self) -> bool:
-        """Whether weights for another number of classes are accepted."""
+        """Whether classifiers may start with new weights."""
         return True
 
     def without_weights(self) -> Self:
         """Returns the same backbone without pretrained weights, for weights from elsewhere."""
         options = {key: value for key, value in self.options.items() if key not in _WEIGHTS_OPTIONS}
-        return replace(self, options=options, checkpoint=None, checkpoint_prefix="")
+        return replace(
+            self, options=options, checkpoint=None, checkpoint_prefix="", checkpoint_averaged=False
+        )
 
 
 def create_backbone(config: BackboneConfig, num_classes: int, in_channels: int) -> nn.Module:
@@ -274,21 +281,15 @@ def _raise_unknown(name: str, meant: Sequence[str]) -> NoReturn:
 
 
 def _load_weights(backbone: nn.Module, config: BackboneConfig, path: str, num_classes: int) -> None:
-    from teamnet_pl.checkpoints import load_checkpoint  # which imports Lightning
-
-    state = load_checkpoint(path)
-    state = state.get("state_dict", state)
     prefix = config.checkpoint_prefix
-    weights = {
-        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-    }
+    weights = read_weights(path, prefix, averaged=config.checkpoint_averaged)
     try:
-        weights = adapt_weights(
+        adapted = adapt_weights(
             backbone, weights, num_classes, path, new_classifiers=config.new_classifiers
         )
-        backbone.load_state_dict(weights)
+        backbone.load_state_dict(adapted)
     except (AttributeError, RuntimeError) as error:
-        beginnings = sorted({str(name).partition(".")[0] for name in state})
+        beginnings = sorted({str(name).partition(".")[0] for name in weights})
         raise TeamNetError(
             f"The weights in {path} do not fit {config.name} (prefix {prefix!r}; names in the file "
             f"begin with {', '.join(beginnings)}): {error}"

@@ -26,7 +26,7 @@ class LeaderConfig(BackboneConfig):
 
     @property
     def new_classifiers(self) -> bool:
-        """Whether weights for another number of classes are accepted: a frozen net learns none."""
+        """Whether classifiers may start with new weights: those of a frozen net never learn."""
         return not self.frozen
 
 

@@ -1,9 +1,12 @@
+import argparse
+
 import pytest
 import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import WeightsEnum
 
 from teamnet_pl import LeaderConfig, TeammateConfig
@@ -14,6 +17,8 @@ from teamnet_pl.backbones import (
     create_backbone,
     default_input_shape,
 )
+from teamnet_pl.errors import TeamNetError
+from tests.helpers.teams import assert_same_state
 
 
 @pytest.mark.parametrize(
@@ -233,6 +238,59 @@ def test_weights_in_a_local_file(tmp_path, caplog, suffix, num_classes, channels
     assert torch.equal(net.fc.weight[0], source.fc.weight[0]) == (num_classes == 10)
     warning = f"{path} is for 10 classes instead of 7: fc starts with new weights."
     assert caplog.messages == ([warning] if num_classes == 7 else [])
+
+
+def averaged(net):
+    model = AveragedModel(net)
+    model.update_parameters(net)
+    return model.state_dict()
+
+
+def test_weights_in_a_checkpoint_of_a_training_script(tmp_path):
+    """As scripts save them: beside their arguments, the last weights and their averages."""
+    last, average = CifarResNet(20, width=4), CifarResNet(20, width=4)
+    arguments = argparse.Namespace(model="resnet20", lr=0.1)
+    saved = {
+        "timm": {"state_dict": last.state_dict(), "state_dict_ema": average.state_dict()},
+        "torchvision": {"model": last.state_dict(), "model_ema": averaged(average)},
+        "parallel": {"model": nn.DataParallel(last).state_dict()},
+        "compiled": {"state_dict": torch.compile(nn.DataParallel(last)).state_dict()},
+        "team": {"state_dict": {f"leader.{k}": v for k, v in last.state_dict().items()}},
+    }
+    for name, content in saved.items():
+        torch.save(content | {"args": arguments, "epoch": 3}, tmp_path / f"{name}.pth")
+
+    def loaded(name, **options):
+        config = BackboneConfig(
+            "cifar/resnet20", {"width": 4}, str(tmp_path / f"{name}.pth"), **options
+        )
+        return create_backbone(config, num_classes=10, in_channels=3)
+
+    for name in saved:
+        prefix = {"checkpoint_prefix": "leader."} if name == "team" else {}
+        assert_same_state(loaded(name, **prefix).state_dict(), last.state_dict())
+    for name in ("timm", "torchvision"):
+        net = loaded(name, checkpoint_averaged=True)
+        assert_same_state(net.state_dict(), average.state_dict())
+    with pytest.raises(TeamNetError, match=r"parallel.pth has no averaged weights .*: it has args"):
+        loaded("parallel", checkpoint_averaged=True)
+    with pytest.raises(TeamNetError, match=r"begin with 'leader\.': they begin with bn1, conv1"):
+        loaded("timm", checkpoint_prefix="leader.")
+
+
+def test_weights_without_a_classifier(tmp_path, caplog):
+    source, path = CifarResNet(20, width=4), tmp_path / "weights.pth"
+    weights = source.state_dict()
+    torch.save({k: v for k, v in weights.items() if not k.startswith("fc.")}, path)
+    config = BackboneConfig("cifar/resnet20", {"width": 4}, str(path))
+    net = create_backbone(config, num_classes=7, in_channels=3)
+    assert_same_state(net.layer3.state_dict(), source.layer3.state_dict())
+    assert caplog.messages == [
+        f"{path} has no weights of the classifier: fc starts with new weights."
+    ]
+    torch.save({k: v for k, v in weights.items() if not k.startswith("layer1.")}, path)
+    with pytest.raises(TeamNetError, match=r"(?s)do not fit.*Missing key.*layer1"):
+        create_backbone(config, num_classes=10, in_channels=3)
 
 
 @pytest.mark.fault("initial weights of another net", "The error names the file and the weights.")
