@@ -20,7 +20,7 @@ CONDA_NAMES = {"matplotlib": "matplotlib-base", "torch": "pytorch"}
 """Packages that have another name in conda-forge."""
 OF_EXTRAS = {"docstring_parser", "typeshed_client"}
 """Packages of conda-forge for extras of others, which it does not have."""
-ADDRESS = re.compile(r"github(?:usercontent)?\.com/([\w-]+/teamnet_pl)\b")
+ADDRESS = re.compile(r"github(?:usercontent)?(?:\.com)?/([\w-]+/teamnet_pl)\b")
 
 
 @pytest.fixture(scope="module")

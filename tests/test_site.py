@@ -1,6 +1,7 @@
 """The documentation site: it builds without a warning, and each link leads somewhere."""
 
 import importlib
+import json
 import pkgutil
 import re
 import shutil
@@ -106,3 +107,19 @@ def test_figures_are_those_that_the_script_draws(pytestconfig, tmp_path):
     assert drawn.keys() == committed.keys()
     for name, size in committed.items():
         assert drawn[name] == pytest.approx(size, rel=0.05)
+
+
+def test_the_page_of_notebooks_has_each(pytestconfig):
+    root = pytestconfig.rootpath
+    notebooks = sorted(path.name for path in (root / "notebooks").glob("*.ipynb"))
+    page = (root / "docs/notebooks.md").read_text()
+    for place in ("github.com", "colab.research.google.com"):
+        listed = re.findall(rf"\(https://{place}/\S+/blob/main/notebooks/([\w.]+)\)", page)
+        assert sorted(listed) == notebooks
+    for name in notebooks:
+        notebook = json.loads((root / "notebooks" / name).read_text())
+        badge = rf"\(https://colab.research.google.com/github/\S+/blob/main/notebooks/{name}\)"
+        assert re.search(badge, "".join(notebook["cells"][0]["source"]))
+        assert 'find_spec("teamnet_pl") is None' in "".join(notebook["cells"][1]["source"])
+        counts = [cell["execution_count"] for cell in notebook["cells"] if "outputs" in cell]
+        assert counts == list(range(1, len(counts) + 1)), f"{name} was not run from top to bottom"
