@@ -24,12 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from teamnet_pl import __version__, cooperation, data
 from teamnet_pl.callbacks import BestCheckpoint, DepthReport, LastCheckpoint, PredictionWriter
-from teamnet_pl.checkpoints import (
-    AtomicCheckpointIO,
-    count_weights,
-    limit_parameters,
-    load_checkpoint,
-)
+from teamnet_pl.checkpoint_io import AtomicCheckpointIO
+from teamnet_pl.checkpoints import count_weights, limit_parameters, load_checkpoint
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
 from teamnet_pl.cli.parser import SpellingParser
 from teamnet_pl.commands import COMMANDS
@@ -38,6 +34,9 @@ from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.settings import run_settings
+
+DATA_MODULES = [getattr(data, name) for name in data.__all__]
+"""All of ours: jsonargparse knows the short names of classes that are imported."""
 
 
 class SaveRunConfig(SaveConfigCallback):
