@@ -1,4 +1,4 @@
-"""Weight files: read without running code in them, and written completely or not at all."""
+"""Weight files, read without running code in them, and limits for what they hold."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from teamnet_pl.atomic import atomic_write
 from teamnet_pl.errors import TeamNetError
 
 
@@ -96,44 +93,6 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
                 f"{source} has weights that are infinite or NaN: {wrong:,} of {weight.numel():,} "
                 f"values of {name}, the first such tensor. Use an earlier checkpoint."
             )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints atomically: after any failure, a file is the complete old or new one.
-
-    Lightning's default writes to the temporary folder of the system and copies over the old file.
-    The command line uses this class; a `Trainer` takes it as a plugin.
-
-    Examples:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], accelerator="cpu", logger=False)
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Saves a checkpoint.
-
-        Args:
-            checkpoint: The content.
-            path: The file; an address of remote storage is left to Lightning.
-            storage_options: Must be None, as in Lightning.
-
-        Raises:
-            OSError: If the file cannot be written; the old file is kept.
-        """
-        if storage_options is not None or not _is_local_file_protocol(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        try:
-            with atomic_write(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(
-                f"The checkpoint {path} could not be saved: {cause}. The old file is kept. Make "
-                "room, or choose another folder with --checkpoint.dirpath."
-            ) from error
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from teamnet_pl.callbacks import BestCheckpoint, Dashboards, DepthReport, LastCheckpoint
 from teamnet_pl.callbacks.depth_report import team_report
-from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+from teamnet_pl.checkpoint_io import AtomicCheckpointIO
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.config_files import config_names, config_path
 from teamnet_pl.cooperation import LeaderConfig, Team, TeammateConfig
 from teamnet_pl.cooperation.report import Report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from teamnet_pl.checkpoints import load_checkpoint
 from teamnet_pl.errors import TeamNetError
 
 _LAST = ("state_dict", "model", "model_state_dict")
@@ -29,8 +30,6 @@ def read_weights(path: str, prefix: str = "", *, averaged: bool = False) -> dict
             for, or no names with the prefix.
     """
     from timm.models import clean_state_dict
-
-    from teamnet_pl.checkpoints import load_checkpoint  # which imports Lightning
 
     # The arguments of timm's and torchvision's scripts: plain values, which run nothing.
     content = load_checkpoint(path, plain_classes=[argparse.Namespace])

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from teamnet_pl.backbones import BackboneConfig
 from teamnet_pl.cooperation.configs import LeaderConfig, TeammateConfig
-from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
-from teamnet_pl.cooperation.transfers import Cooperation
 from teamnet_pl.errors import TeamNetError
 from teamnet_pl.trust import Trust
 
@@ -26,11 +24,6 @@ _MEMBERS: dict[str, type[BackboneConfig]] = {
     "leader": LeaderConfig,
     "a": TeammateConfig,
     "b": TeammateConfig,
-}
-_OTHERS: dict[str, type[Any]] = {
-    "cooperation": Cooperation,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
 }
 
 
@@ -98,6 +91,15 @@ def restore_arguments(
     Raises:
         TeamNetError: If a value does not fit or is not trusted, or there is no such argument.
     """
+    # Of training alone, which a Teammate that is served does without, as without Lightning.
+    from teamnet_pl.cooperation.optimization import OptimizerConfig, ScheduleConfig
+    from teamnet_pl.cooperation.transfers import Cooperation
+
+    others: dict[str, type[Any]] = {
+        "cooperation": Cooperation,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+    }
     accepted = inspect.signature(kind).parameters
     if unknown := [str(name) for name in hyper_parameters if name not in accepted]:
         raise TeamNetError(
@@ -114,8 +116,8 @@ def restore_arguments(
                 teammate: restore_member(TeammateConfig, f"{key}.{teammate}", values, trust)
                 for teammate, values in checked_extra_teammates(trust.source, value).items()
             }
-        elif name in _OTHERS:
-            arguments[name] = restore_config(_OTHERS[name], key, value, trust)
+        elif name in others:
+            arguments[name] = restore_config(others[name], key, value, trust)
         else:
             trust.check_plain(key, value)
             arguments[name] = value

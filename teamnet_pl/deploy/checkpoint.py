@@ -1,4 +1,7 @@
-"""The one reader of a team's checkpoint: all that a trained net needs, read once."""
+"""The one reader of a team's checkpoint: all that a trained net needs, read once.
+
+Lightning is imported only for what belongs to training: the arguments of the team, and the data.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
@@ -23,13 +26,13 @@ from teamnet_pl.cooperation.restoring import (
     restore_member,
     team_content,
 )
-from teamnet_pl.cooperation.team import Team
-from teamnet_pl.data import HuggingFace, ImageDataModule
-from teamnet_pl.data.downloads import DownloadedImages
 from teamnet_pl.data.preprocessing import PreprocessingConfig
 from teamnet_pl.errors import TeamNetError, underlying_error
 from teamnet_pl.settings import check_settings
 from teamnet_pl.trust import Trust, errors_naming
+
+if TYPE_CHECKING:
+    from teamnet_pl.data import ImageDataModule
 
 
 def restore_preprocessing(values: object, trust: Trust) -> PreprocessingConfig:
@@ -161,6 +164,8 @@ class SavedTeam:
         Raises:
             TeamNetError: If a value does not fit or is not trusted.
         """
+        from teamnet_pl.cooperation.team import Team
+
         return restore_arguments(Team, self.hyper_parameters, self.trust)
 
     @property
@@ -203,6 +208,9 @@ class SavedTeam:
             TeamNetError: If the entry does not have this form, or names something that is not
                 trusted.
         """
+        from teamnet_pl.data.downloads import DownloadedImages
+        from teamnet_pl.data.hugging_face import HuggingFace
+
         data = self.run.get("data")
         if data is None:
             return None

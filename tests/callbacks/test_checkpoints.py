@@ -15,7 +15,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from teamnet_pl.atomic import atomic_write
 from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
-from teamnet_pl.checkpoints import AtomicCheckpointIO, load_checkpoint
+from teamnet_pl.checkpoint_io import AtomicCheckpointIO
+from teamnet_pl.checkpoints import load_checkpoint
 from tests.helpers.runs import BEST, CHECKPOINTS, LAST, error_of, logged_rows, teamnet_command
 from tests.helpers.teams import make_digits, make_team, make_trainer
 
@@ -174,7 +175,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     torch.save({"old": 1}, path)
     script = f"""
 import os, signal, torch
-from teamnet_pl.checkpoints import AtomicCheckpointIO
+from teamnet_pl.checkpoint_io import AtomicCheckpointIO
 replace = os.replace
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 AtomicCheckpointIO().save_checkpoint({{"new": torch.zeros(10000)}}, {str(path)!r})

@@ -10,6 +10,7 @@ import pytest
 import teamnet_pl
 from teamnet_pl import deploy
 from teamnet_pl.deploy import export, runtime, serving
+from tests.helpers.imports import packages_after
 
 PACKAGE = Path(teamnet_pl.__file__).parent
 MODULES = sorted((PACKAGE / "deploy").rglob("*.py"))
@@ -58,3 +59,10 @@ def test_public_names(package):
     assert package.__all__
     for name in package.__all__:
         assert getattr(package, name) is not None
+
+
+def test_serving_and_reading_checkpoints_load_no_lightning():
+    modules = ("commands.serve", "deploy.checkpoint", "deploy.serving.server")
+    code = "\n".join(f"import teamnet_pl.{module}" for module in modules)
+    training = {"lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchmetrics", "wandb"}
+    assert not packages_after(code) & training
