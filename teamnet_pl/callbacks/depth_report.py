@@ -12,6 +12,7 @@ from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
 from teamnet_pl.cooperation.report import Report, report_file
 from teamnet_pl.cooperation.team import EvaluatedSplit
+from teamnet_pl.places import short_path
 
 
 class DepthReport(Callback):
@@ -60,7 +61,7 @@ class DepthReport(Callback):
                     logger.log_image("per_depth", [str(picture)])
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("per_depth", figure, trainer.global_step)
-        print(f"Saved as {path}")
+        print(f"Saved as {short_path(path)}")
 
 
 def team_report(team: Team, trainer: Trainer, split: EvaluatedSplit) -> Report:

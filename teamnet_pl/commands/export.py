@@ -12,6 +12,7 @@ from teamnet_pl.deploy.export.files import (
     needs_data,
 )
 from teamnet_pl.deploy.teammate import Teammate
+from teamnet_pl.places import short_path
 
 
 def export_teammate(
@@ -46,7 +47,8 @@ def export_teammate(
     net = Teammate.from_saved(saved, teammate)
     data = saved.data_module() if needs_data(formats) else None
     manifest = export_files(net, out, formats, depths, data, calibration_images)
-    _print_files(manifest, title=f"Teammate {teammate}, in {out}")
+    _print_files(manifest, title=f"Teammate {teammate}")
+    print(f"Saved in {short_path(out)}, as manifest.json describes")
 
 
 if export_teammate.__doc__:  # which becomes the help of --formats
