@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,18 +45,6 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # otherwise, a power failure may lose the name
         finally:
             os.close(folder)
-
-
-def numbered_names(path: Path) -> Iterator[Path]:
-    """Yields a file's name, and then the same with the numbers 2, 3 and so on before its ending."""
-    yield path
-    for number in count(2):
-        yield path.with_stem(f"{path.stem}_{number}")
-
-
-def free_name(path: Path) -> Path:
-    """Returns the first of the `numbered_names` that is not in use."""
-    return next(name for name in numbered_names(path) if not name.exists())
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

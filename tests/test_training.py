@@ -137,7 +137,7 @@ def test_mistakes_are_reported(tmp_path):
         teamnet_pl.train("digits", "resnet50")
     with pytest.raises(TeamNetError, match=r"cannot be made: There is no folder .*/train, which"):
         teamnet_pl.train(tmp_path)
-    unsaved = QUICK | {"limit_val_batches": 0, "limit_train_batches": 1}
+    unsaved = QUICK | {"limit_val_batches": 0, "limit_train_batches": 1, "log_every_n_steps": 1}
     options = {"options": {"width": 4}, "folder": tmp_path, "trainer": unsaved}
     with pytest.raises(TeamNetError, match="No checkpoint was saved"):
         teamnet_pl.train("digits", epochs=1, leader=None, b=None, **options)

@@ -11,6 +11,7 @@ from teamnet_pl.checkpoints import weights_digest
 from teamnet_pl.cooperation import Team
 from teamnet_pl.cooperation.report import Report, report_file
 from teamnet_pl.cooperation.team import EvaluatedSplit
+from teamnet_pl.places import short_path
 
 
 class DepthReport(Callback):
@@ -52,7 +53,7 @@ class DepthReport(Callback):
         path = save_beside(results_folder(trainer) / report_file(split), report.as_json())
         if self.picture:
             report.figure().savefig(path.with_suffix(".png"), dpi=150)
-        print(f"Saved as {path}")
+        print(f"Saved as {short_path(path)}")
 
 
 def team_report(team: Team, trainer: Trainer, split: EvaluatedSplit) -> Report:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from teamnet_pl.atomic import atomic_write_text, numbered_names
+from teamnet_pl.atomic import atomic_write_text
+from teamnet_pl.places import numbered_names
 
 
 def save_beside(path: Path, text: str) -> Path:

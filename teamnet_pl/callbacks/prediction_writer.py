@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teamnet_pl.callbacks.folder import results_folder, save_beside
 from teamnet_pl.cooperation import Team
+from teamnet_pl.places import short_path
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -49,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
             columns = [_named(probabilities, classes) for probabilities in batch.values()]
             writer.writerows(zip(images, *columns, strict=True))
         path = save_beside(folder / f"predictions{rank}.csv", file.getvalue())
-        print(f"Saved as {path}")
+        print(f"Saved as {short_path(path)}")
 
 
 def _named(probabilities: Tensor, classes: Sequence[str] | None) -> list[str | int]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from teamnet_pl.errors import TeamNetError
+from teamnet_pl.places import short_path
 
 LAST_RUN = "last-run"
 """The word that stands for the checkpoint."""
 _NOTE = Path("logs/last-run")
-
-
-def short_path(path: str | Path) -> str:
-    """Returns a path relative to the current folder, if it is in there."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def note_run(checkpoint: str | Path) -> None:

@@ -27,7 +27,7 @@ from teamnet_pl.callbacks import (
 )
 from teamnet_pl.checkpoints import count_weights, limit_parameters
 from teamnet_pl.cli.checkpoint_config import FROM_DATA, with_checkpointed_config
-from teamnet_pl.cli.last_run import LAST_RUN, note_run, short_path
+from teamnet_pl.cli.last_run import LAST_RUN, note_run
 from teamnet_pl.cli.parser import SpellingParser
 from teamnet_pl.cli.run_config import SaveRunConfig
 from teamnet_pl.cli.words import given_values, subcommand_of
@@ -35,6 +35,7 @@ from teamnet_pl.cooperation import Team
 from teamnet_pl.data import ImageDataModule
 from teamnet_pl.deploy.checkpoint import SavedTeam
 from teamnet_pl.errors import TeamNetError, underlying_error
+from teamnet_pl.places import short_path
 from teamnet_pl.training import evaluate_best, save_atomically
 
 

@@ -13,6 +13,7 @@ from teamnet_pl.deploy.export.files import (
     needs_data,
 )
 from teamnet_pl.deploy.teammate import Teammate
+from teamnet_pl.places import short_path
 
 
 def export_teammate(
@@ -50,7 +51,8 @@ def export_teammate(
     if needs_data(formats) and Path(ckpt_path).is_file():
         data = SavedTeam.read(ckpt_path, trust_import).data_module()
     manifest = export_files(net, out, formats, depths, data, calibration_images)
-    _print_files(manifest, title=f"Teammate {teammate}, in {out}")
+    _print_files(manifest, title=f"Teammate {teammate}")
+    print(f"Saved in {short_path(out)}, as manifest.json describes")
 
 
 if export_teammate.__doc__:  # which becomes the help of --formats

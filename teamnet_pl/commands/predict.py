@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from teamnet_pl.atomic import free_name
 from teamnet_pl.data.folders import image_files
 from teamnet_pl.deploy.runtime.image_files import (
     FilePrediction,
@@ -16,6 +15,7 @@ from teamnet_pl.deploy.runtime.image_files import (
     save_predictions,
 )
 from teamnet_pl.deploy.runtime.predictor import Predictor, check_budget
+from teamnet_pl.places import free_name, short_path
 
 
 def predict_images(
@@ -80,4 +80,4 @@ def predict_images(
     print(f"{depths.total()} images: {shares}" if depths else "No image could be predicted.")
     for reason in predictions.skipped:
         print(f"Skipped: {reason}")
-    print(f"Saved as {path}")
+    print(f"Saved as {short_path(path)}")

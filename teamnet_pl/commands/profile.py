@@ -7,6 +7,7 @@ from pathlib import Path
 from teamnet_pl.deploy.runtime import measuring
 from teamnet_pl.deploy.runtime.profile_report import draw_profile, profile_table
 from teamnet_pl.deploy.teammate import Teammate
+from teamnet_pl.places import short_path
 
 
 def profile_teammate(
@@ -52,7 +53,7 @@ def profile_teammate(
     profile.save(path)
     if net.accuracy:
         draw_profile(profile).savefig(path.with_suffix(".png"), dpi=150)
-    console.print(f"Saved as {path}", soft_wrap=True)
+    console.print(f"Saved as {short_path(path)}", soft_wrap=True)
     if profile.split is None:
         console.print(
             "There are no accuracies of these weights: `teamnet test` saves them beside the "

@@ -50,8 +50,7 @@ def test_each_command_ends_with_the_place_of_its_results(walk):
     }
     for name, path in results.items():
         assert (folder / path).is_file()
-        lines = [line for line in printed[name].splitlines() if path in line]
-        assert lines, printed[name]
+        assert any(f" {path}" in line for line in printed[name].splitlines()), printed[name]
     assert "teamnet test --ckpt_path last-run" in printed["fit"]
 
 
