@@ -67,9 +67,8 @@ def _section(title: str, operation: dict[str, Any], responses: dict[str, Any]) -
         for parameter in operation.get("parameters", [])
     ]
     for status, response in operation["responses"].items():
-        if "$ref" in response:
-            response = responses[response["$ref"].rpartition("/")[2]]
-        rows.append((status, response["description"]))
+        shared = responses.get(response.get("$ref", "").rpartition("/")[2], {})
+        rows.append((status, (shared | response)["description"]))
     lines = [f"<tr><td><code>{escape(n)}</code><td>{escape(text)}" for n, text in rows]
     heading = f"<h2><code>{escape(title)}</code></h2>\n<p>{escape(operation['summary'])}</p>"
     return "\n".join([heading, "<table>", *lines, "</table>"])
