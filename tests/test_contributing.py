@@ -55,7 +55,7 @@ def test_the_dataset_and_the_kind_train_a_team(cli, my_parts):
     kind = saved_config(my_parts)["model"]["cooperation"]["leader"]["kind"]
     assert kind == {"class_path": "my_parts.Cosine", "init_args": {"scale": 1.0}}
     rows = json.loads((my_parts / BEST).with_name("per_depth.json").read_text())
-    assert {row["accuracy"] for row in rows if row["net"] == "leader"} == {1.0}
+    assert {row["accuracy"] for row in rows if row["net"] == "a"} == {1.0}
     teammate = Teammate.from_checkpoint(my_parts / BEST, trust_import=True)
     assert teammate.classes == ["horizontal", "vertical"]
 

@@ -36,7 +36,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         return
     if words == ["--version"]:
         print(f"teamnet {__version__}")
-        sys.exit()
+        sys.exit(0)
     if words in ([], ["-h"], ["--help"], ["help"]):
         print(overview())
         sys.exit(0 if words else 2)

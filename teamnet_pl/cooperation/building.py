@@ -111,7 +111,7 @@ def make_teammate(
         return teammate.net_class()(backbone, input_shape, **teammate.elastic_options())
     net = teammate if isinstance(teammate, AdaptiveNet) else ElasticNet(teammate, input_shape)
     _check_logits(name, net, num_classes, input_shape)
-    return net
+    return net.train()  # a net in evaluation mode would stay so, and its norms would learn nothing
 
 
 def describe_member(member: Leader | Teammate | None) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ class Team(LightningModule):
         >>> sorted(team(torch.randn(2, 1, 8, 8)))
         ['a/d0', 'a/d4', 'a/d7', 'leader']
         >>> [str(transfer) for transfer in team.transfers]
-        ['leader->a/d7', 'leader->a/d4', 'leader->a/d0', 'a/d7->a/d4', 'a/d7->a/d0']
+        ['leader->a/d7', 'leader->a/d4', 'leader->a/d0']
     """
 
     def __init__(

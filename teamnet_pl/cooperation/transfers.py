@@ -241,7 +241,6 @@ class Cooperation:
             b/d2->a/d2
             b/d2->a/d0
             a/d2->b/d2
-            a/d2->a/d0
         """
         members = {
             name: [f"{name}/{depth}" for depth in depths] for name, depths in teammates.items()

@@ -89,6 +89,8 @@ def make_data_module(config: Mapping[str, Any], source: object) -> ImageDataModu
     Raises:
         TeamNetError: If it cannot be made.
     """
+    from teamnet_pl.data import ImageDataModule
+
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data", required=True)
     try:

@@ -17,7 +17,15 @@ from teamnet_pl.atomic import atomic_write
 from teamnet_pl.callbacks import BestCheckpoint, LastCheckpoint
 from teamnet_pl.checkpoint_io import AtomicCheckpointIO
 from teamnet_pl.checkpoints import load_checkpoint
-from tests.helpers.runs import BEST, CHECKPOINTS, LAST, error_of, logged_rows, teamnet_command
+from tests.helpers.runs import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    LOGGED,
+    error_of,
+    logged_rows,
+    teamnet_command,
+)
 from tests.helpers.teams import make_digits, make_team, make_trainer
 
 
@@ -52,7 +60,7 @@ def test_best_has_the_weights_that_were_validated(cli, tmp_path):
     options = ["--trainer.max_epochs", 3, "--last.every_n_train_steps", 1]
     cli(tmp_path, "fit", *options, "--trainer.limit_train_batches", 5)
     best = tmp_path / BEST
-    cli(tmp_path, "validate", "--ckpt_path", best, tiny=False)
+    cli(tmp_path, "validate", "--ckpt_path", best, *LOGGED, tiny=False)
     (score,) = scores(tmp_path, version=1).values()
     assert score == pytest.approx(max(scores(tmp_path).values()))
 

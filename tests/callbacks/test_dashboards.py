@@ -38,7 +38,7 @@ TRAIN = {
     "train/learning_rate/teammates",
     "train/loss",
     *(f"train/accuracy/{member}" for member in SHOWN),
-    *(f"train/ramp/{group}" for group in ("leader", "peer", "sub_networks")),
+    "train/ramp/leader",
 }
 
 

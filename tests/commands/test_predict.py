@@ -61,7 +61,7 @@ def test_files_get_the_predictions_of_the_team(
         predict(tmp_path, photos, "--depth", depth, "--batch_size", 16, "--out", out)
         printed = capsys.readouterr().out
         assert f"{COUNT} images: {COUNT} at {depth}" in printed
-        assert f"Saved as {out}" in printed
+        assert f"Saved as {out.name}" in printed
         rows = read_csv(out)
         names = [str(path) for path in sorted(photos.glob("**/[0-9]*.png"))]
         assert [row["image"] for row in rows] == names

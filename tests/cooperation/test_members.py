@@ -77,6 +77,11 @@ def test_a_frozen_leader_needs_weights_for_these_classes(tmp_path):
     assert make_team(leader={"frozen": True, "checkpoint": str(path)}).leader_frozen
 
 
+def test_modules_in_evaluation_mode_are_trained():
+    team = team_of_modules(leader=resnet().eval(), a=ElasticNet(resnet(), (1, 8, 8)).eval())
+    assert all(module.training for module in team.modules())
+
+
 def test_a_checkpoint_of_modules_needs_modules(tmp_path):
     team = team_of_modules()
     path = fit_and_save(team, tmp_path, batches=2)

@@ -249,7 +249,7 @@ def test_from_checkpoint(checkpoint, name):
     assert teammate.preprocessing == PreprocessingConfig([1, 8, 8], [0.3053], [0.3760])
     assert teammate.classes == [str(digit) for digit in range(10)]
     assert teammate.split == "val"
-    rows = json.loads((checkpoint.parent / "per_depth.json").read_text())
+    rows = json.loads((checkpoint.parent / "per_depth_val.json").read_text())
     for row in rows:
         if row["net"] == name:
             assert teammate.accuracy[row["depth"]] == row["accuracy"]
@@ -260,7 +260,7 @@ def test_from_checkpoint(checkpoint, name):
     "a `per_depth.json` of other weights than the checkpoint's", "Its accuracies are not used."
 )
 def test_an_evaluation_of_other_weights_is_not_used(checkpoint, tmp_path):
-    report = (checkpoint.parent / "per_depth.json").read_text()
+    report = (checkpoint.parent / "per_depth_val.json").read_text()
     (tmp_path / "per_depth.json").write_text(report)
     content = torch.load(checkpoint, weights_only=True)
     torch.save(content, tmp_path / "same.ckpt")

@@ -145,9 +145,9 @@ def test_budget_of_time(machine, timed, images):
 def test_preprocessing_is_part_of_the_budget(machine, timed, images):
     preprocessing = timed.preprocessing
 
-    def slow(batch):
+    def slow(batch, max_pixels):
         machine.now += 0.05
-        return preprocessing(batch)
+        return preprocessing(batch, max_pixels)
 
     timed.preprocessing = slow
     assert timed.predict(images[0], budget_ms=55).depth == "d0"
@@ -192,7 +192,7 @@ class SharedCore:
         self.until_other -= ms * self.busy
         self.now += ms
 
-    def read(self, images):
+    def read(self, images, max_pixels):
         self.now += self.disk
         self.work(self.READING)
         return images
@@ -247,9 +247,9 @@ def test_a_delay_while_images_are_read_is_slowdown(net_b):
         core.calls(1, 100)
         assert core.predictor.controller.slowdown == pytest.approx(1, rel=0.02)
 
-        def read(images):
+        def read(*args):
             core.now += core.random.choice([0, 7])
-            return core.read(images)
+            return core.read(*args)
 
         core.predictor.preprocessing = read
         core.calls(2, 100)
