@@ -28,6 +28,10 @@ def test_all_commands_are_listed_one_line_each(words, tmp_path):
     assert all(line.rstrip().endswith(".") and len(line) <= 100 for line in lines)
 
 
+@pytest.mark.fault(
+    "a training without data or an end, an evaluation without a checkpoint",
+    "One sentence says what is missing, before anything is imported.",
+)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -86,6 +86,10 @@ def test_a_profile_has_the_accuracies_of_the_test(walk):
     assert profile["split"] == "test"
 
 
+@pytest.mark.fault(
+    "a second evaluation of a checkpoint with another outcome",
+    "Its files get another name; the earlier ones are kept.",
+)
 def test_results_are_never_overwritten(walk, cli, tmp_path):
     """A test on other images, or other predictions, get files of their own."""
     folder = tmp_path / "run"

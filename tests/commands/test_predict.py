@@ -112,6 +112,10 @@ def test_a_budget_chooses_the_depth(checkpoint, photos, monkeypatch):
     assert counts == {predictor.depths[1]: 15, predictor.depths[2]: 5}
 
 
+@pytest.mark.fault(
+    "image files to predict that cannot be read",
+    "The error names them, or with `--on_error skip` they are left out and listed.",
+)
 def test_files_that_cannot_be_read_are_named(predict, photos, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(photos / "one", folder)
