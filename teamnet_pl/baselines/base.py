@@ -69,6 +69,12 @@ class BaselineNet(AdaptiveNet):
                 )
         check_is_plain(backbone)
         trace = trace_backbone(backbone, input_shape, blocks)
+        if not trace.returns_logits:
+            raise TeamNetError(
+                f"A {type(self).__name__} is of logits (N, classes), but {type(backbone).__name__} "
+                "returns more, or something else, in training or evaluation. Switch off auxiliary "
+                "heads and the like by the net's own options, or use an ElasticNet."
+            )
         self.backbone = backbone
         self.input_shape = tuple(input_shape)
         self.blocks = trace.blocks

@@ -108,8 +108,11 @@ def make_teammate(
     """
     if not isinstance(teammate, nn.Module):
         backbone = create_backbone(teammate, num_classes, input_shape[0])
-        return teammate.net_class()(backbone, input_shape, **teammate.elastic_options())
+        net = teammate.net_class()(backbone, input_shape, **teammate.elastic_options())
+        _check_kind(name, net)
+        return net
     net = teammate if isinstance(teammate, AdaptiveNet) else ElasticNet(teammate, input_shape)
+    _check_kind(name, net)
     _check_logits(name, net, num_classes, input_shape)
     return net.train()  # a net in evaluation mode would stay so, and its norms would learn nothing
 
@@ -129,6 +132,16 @@ def describe_member(member: Leader | Teammate | None) -> dict[str, Any] | None:
         net = member.backbone if isinstance(member, ElasticNet) else member
         return {"module": f"{type(net).__module__}.{type(net).__qualname__}"}
     return asdict(member.without_weights())
+
+
+def _check_kind(name: str, net: AdaptiveNet) -> None:
+    """Refuses an elastic net whose outputs are no logits, of which a team knows no loss."""
+    if isinstance(net, ElasticNet) and not net.returns_logits:
+        raise TeamNetError(
+            f"{name} ({type(net.backbone).__name__}) must return logits (N, classes) alone, in "
+            "training and evaluation. Switch off auxiliary heads and the like by the net's own "
+            "options. (`ElasticNet` takes such nets, for training loops of your own.)"
+        )
 
 
 def _check_logits(name: str, net: nn.Module, num_classes: int, shape: Sequence[int]) -> None:

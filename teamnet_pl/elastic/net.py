@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from teamnet_pl.elastic.forwards import (
     Selection,
     SkippableForward,
 )
+from teamnet_pl.elastic.outputs import at_depth, difference, with_depth_axis
 from teamnet_pl.elastic.plan import Plan, Trace, num_fork_levels, plan_streams
 from teamnet_pl.errors import TeamNetError
 
@@ -39,7 +40,8 @@ class ElasticNet(AdaptiveNet):
     statistics, since theirs are equal.
 
     Args:
-        backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``. It is not copied.
+        backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``, or to any tensors in
+            tuples, dictionaries and the like. It is not copied.
         input_shape: Shape of one image, ``(channels, height, width)``, used to find the blocks. The
             net takes any size that the backbone takes.
         depths: How many depths, spread evenly from all blocks to none; or how many blocks each
@@ -59,6 +61,7 @@ class ElasticNet(AdaptiveNet):
         stages: Number of skippable blocks in each stage.
         depths: The depths, the deepest first.
         input_shape: Shape of the images that the blocks were found with.
+        returns_logits: Whether the backbone returns logits alone, in training and evaluation.
         norms: By the name of a layer that couples samples, with hyphens for dots: its copies for
             shallower depths.
         grad_checkpointing: Whether blocks run again in the backward pass.
@@ -106,6 +109,7 @@ class ElasticNet(AdaptiveNet):
         self.blocks = trace.blocks
         self.stages = trace.stages
         self.depths = derive_depths(trace.stages, depths, policy, interleaved)
+        self.returns_logits = trace.returns_logits
         self.norms = nn.ModuleDict()
         self.grad_checkpointing = grad_checkpointing
         self._selection = Selection()
@@ -221,13 +225,16 @@ class ElasticNet(AdaptiveNet):
         perturb_zero_weights(trial)
         images = example_images(self, 2, self.input_shape)
         with evaluation(trial):
-            packed = trial.packed(images)
-            for depth, logits in zip(trial.depths, packed, strict=True):
+            with trial._selected(trial._indices(None)):
+                packed = trial.backbone(images)
+            for index, depth in enumerate(trial.depths):
                 with trial.at(depth):
                     alone = trial(images)
-                difference = float((logits - alone).abs().max())
-                if difference > torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max()):
-                    raise TeamNetError(f"its outputs at {depth} would differ by {difference:.2g}.")
+                error = difference(at_depth(packed, index, len(trial.depths), len(images)), alone)
+                if error > torch.finfo(images.dtype).eps ** 0.5:
+                    raise TeamNetError(
+                        f"its outputs at {depth} would differ, relatively by {error:.2g}."
+                    )
 
     def _install(self) -> None:
         """Puts the forwards in place, also where a module was replaced (by a SyncBatchNorm)."""
@@ -267,19 +274,18 @@ class ElasticNet(AdaptiveNet):
         with self._selected((self._index(depth),)):
             yield self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Runs one depth: the deepest, unless within `at`.
 
         Args:
             images: Shape ``(N, channels, height, width)``.
 
         Returns:
-            Logits, shape ``(N, classes)``.
+            The outputs of the backbone, such as logits of shape ``(N, classes)``.
         """
-        logits: Tensor = self.backbone(images)
-        return logits
+        return self.backbone(images)
 
-    def packed(self, images: Tensor, depths: Sequence[DepthLike] | None = None) -> Tensor:
+    def packed(self, images: Tensor, depths: Sequence[DepthLike] | None = None) -> Any:
         """Runs several depths in one pass.
 
         The results, their gradients and the running statistics are those of one forward for each
@@ -293,7 +299,9 @@ class ElasticNet(AdaptiveNet):
                 number of blocks; all by default.
 
         Returns:
-            Logits of each of these depths, in their order, shape ``(depths, N, classes)``.
+            The outputs of each of these depths, in their order: logits of shape
+            ``(depths, N, classes)``, or whatever the backbone returns, each tensor with an axis of
+            depths before its batch axis.
 
         Raises:
             TeamNetError: If there are no depths, the net has no such depth, or they are not in
@@ -301,8 +309,8 @@ class ElasticNet(AdaptiveNet):
         """
         indices = self._indices(depths)
         with self._selected(indices):
-            logits: Tensor = self.backbone(images)
-        return logits.view(len(indices), len(images), logits.shape[-1])
+            outputs = self.backbone(images)
+        return with_depth_axis(outputs, len(indices), len(images))
 
     def view(self, depth: DepthLike) -> ElasticNet:
         """Makes a net that stays at one depth and has the very same weights.
@@ -345,8 +353,8 @@ class ElasticNet(AdaptiveNet):
         flags = zip(self.blocks, self.depths[index].kept, strict=True)
         images = example_images(self, 2, self.input_shape)
         with self.at(depth), evaluation(self):
-            logits = self(images)
-        return without_blocks(plain, [b.name for b, kept in flags if not kept], images, logits)
+            outputs = self(images)
+        return without_blocks(plain, [b.name for b, kept in flags if not kept], images, outputs)
 
     def _copy_backbone_without_forwards(self, index: int) -> nn.Module:
         """Copies the backbone with all blocks, but with the statistics of one depth."""

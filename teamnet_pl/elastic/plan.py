@@ -58,12 +58,14 @@ class Trace:
             "".
         has_batch_axis: By the name of a block or a module around blocks: for each leaf of its
             arguments, whether it has a batch axis.
+        returns_logits: Whether the backbone returns logits alone, in training and evaluation.
     """
 
     blocks: tuple[Block, ...]
     coupling: tuple[str, ...]
     order: tuple[tuple[str, bool], ...]
     has_batch_axis: dict[str, tuple[bool, ...]]
+    returns_logits: bool = True
 
     @property
     def stages(self) -> list[int]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from teamnet_pl.elastic.discovery.coupling import find_coupling
-from teamnet_pl.elastic.discovery.probing import Call, record_calls, record_order
+from teamnet_pl.elastic.discovery.probing import Call, record_calls, record_order, returns_logits
 from teamnet_pl.elastic.evaluation import example_images
 from teamnet_pl.elastic.plan import Block, Trace
 from teamnet_pl.errors import TeamNetError
@@ -27,7 +27,8 @@ def trace_backbone(
     from a block by its repeated, numbered children.
 
     Args:
-        backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``.
+        backbone: Maps images ``(N, *input_shape)`` to logits ``(N, classes)``, or to any tensors in
+            tuples, dictionaries and the like.
         input_shape: Shape of one image, such as ``(3, 32, 32)``. Only the search depends on it; the
             net still takes any size that the backbone takes.
         patterns: Names of the blocks, with wildcards as in `fnmatch`, instead of the search:
@@ -38,12 +39,13 @@ def trace_backbone(
 
     Raises:
         TeamNetError: If there is no such block, a pattern matches none, the backbone does not take
-            the input or does not return logits, or it couples the samples of a batch around its
-            blocks.
+            the input or returns nothing with a batch axis, or it couples the samples of a batch
+            around its blocks.
     """
     probe = copy.deepcopy(backbone).eval()
     images = example_images(probe, 4, input_shape)
     calls = record_calls(probe, images)
+    logits_in_evaluation = returns_logits(probe, images[:2])
     if patterns is None:
         chosen = _residual_calls(calls, probe)
     else:
@@ -58,7 +60,8 @@ def trace_backbone(
     has_batch_axis = {
         call.name: call.has_batch_axis for call in calls if call.name in {*names, *around}
     }
-    return Trace(tuple(blocks), tuple(coupling), tuple(order), has_batch_axis)
+    logits_always = logits_in_evaluation and returns_logits(probe, images[:2])
+    return Trace(tuple(blocks), tuple(coupling), tuple(order), has_batch_axis, logits_always)
 
 
 def siblings_of_blocks(backbone: nn.Module, blocks: Iterable[Block]) -> set[str]:

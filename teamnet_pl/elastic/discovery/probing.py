@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from teamnet_pl.elastic.outputs import has_batch
 from teamnet_pl.elastic.plan import pass_through
 from teamnet_pl.errors import TeamNetError
 
@@ -66,11 +67,14 @@ def hooks(
 
 
 @torch.no_grad()
-def run(probe: nn.Module, images: Tensor) -> None:
+def run(probe: nn.Module, images: Tensor) -> Any:
     """Runs a probe with the same random draws each time, without advancing the caller's.
 
+    Returns:
+        Its outputs.
+
     Raises:
-        TeamNetError: If it fails or does not return logits.
+        TeamNetError: If it fails or returns nothing with a batch axis.
     """
     name, mode = type(probe).__name__, "training" if probe.training else "evaluation"
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
@@ -81,13 +85,24 @@ def run(probe: nn.Module, images: Tensor) -> None:
             raise TeamNetError(
                 f"{name} fails on images of shape {tuple(images.shape[1:])} in {mode}: {error}"
             ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+    if not has_batch(output, len(images)):
         returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise TeamNetError(
-            f"{name} must return logits of shape (N, classes); for N={len(images)} it returned "
-            f"{returned} in {mode}. Switch off auxiliary heads and the like by the net's own "
-            "options."
+            f"{name} must return a tensor whose first axis is the batch, such as logits of shape "
+            f"(N, classes), alone or in tuples or dictionaries; for N={len(images)} it returned "
+            f"{returned} in {mode}."
         )
+    return output
+
+
+def returns_logits(probe: nn.Module, images: Tensor) -> bool:
+    """Tells whether a probe returns logits alone, shape ``(N, classes)``, in its mode.
+
+    Raises:
+        TeamNetError: If it fails or returns nothing with a batch axis.
+    """
+    output = run(probe, images)
+    return isinstance(output, Tensor) and output.ndim == 2
 
 
 def record_calls(probe: nn.Module, images: Tensor) -> list[Call]:
@@ -101,7 +116,8 @@ def record_calls(probe: nn.Module, images: Tensor) -> list[Call]:
         The calls of its sub-modules and of itself, in the order in which they began.
 
     Raises:
-        TeamNetError: If it fails, does not return logits, or runs other modules for more images.
+        TeamNetError: If it fails, returns nothing with a batch axis, or runs
+            other modules for more images.
     """
     fewer = images[: len(images) // 2]
     sizes = _record_sizes(probe, fewer)
