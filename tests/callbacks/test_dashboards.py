@@ -59,6 +59,7 @@ def on_wandb(cli, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         offline(patch, folder)
         fit(cli, folder, "wandb", "--trainer.logger.init_args.log_model", "true")
+        wandb.finish()
         wandb.teardown()  # waits until all is written
     return folder
 
