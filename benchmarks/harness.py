@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -114,6 +115,15 @@ def in_turn(
         for name in names[first:] + names[:first]:
             values[name].append(measurements[name]())
     return values
+
+
+def milliseconds(step: Callable[[], None], device: str = "cpu") -> float:
+    """Measures the wall time of one step."""
+    begin = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:

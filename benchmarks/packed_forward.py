@@ -15,7 +15,6 @@ import argparse
 import ctypes
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +30,7 @@ from harness import (
     argument_parser,
     in_turn,
     markdown,
+    milliseconds,
     processor,
     selected,
     with_source,
@@ -97,15 +97,6 @@ class Steps:
         logits = self.net.packed(self.images)
         depths = len(self.net.depths)
         (F.cross_entropy(logits.flatten(0, 1), self.labels.repeat(depths)) * depths).backward()
-
-
-def milliseconds(step: Callable[[], None], device: str) -> float:
-    """Measures the wall time of one step."""
-    begin = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - begin)
 
 
 def arithmetic(step: Callable[[], None]) -> int:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import get_args
@@ -30,6 +29,7 @@ from harness import (
     in_turn,
     markdown,
     median_ratio,
+    milliseconds,
     processor,
     with_source,
 )
@@ -113,13 +113,6 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-def milliseconds(step: Callable[[], None]) -> float:
-    """Measures the wall time of one step."""
-    begin = time.perf_counter()
-    step()
-    return 1000 * (time.perf_counter() - begin)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

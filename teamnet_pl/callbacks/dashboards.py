@@ -123,17 +123,7 @@ class Dashboards(Callback):
         """Looks for images that need depth."""
         self._look_for_images(trainer, _team(pl_module), outputs, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Looks for images that need depth."""
-        self._look_for_images(trainer, _team(pl_module), outputs, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def _look_for_images(
         self, trainer: Trainer, team: Team, probabilities: Mapping[str, Tensor], batch: Any
